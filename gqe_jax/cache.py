@@ -1,0 +1,79 @@
+"""The dense GQA key/value cache: one key and one value head for each group, whatever is routed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gqe_jax.config import AttentionConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotary applied) and values of one layer; rows may differ in length.
+
+    `shared_key` and `shared_value` exist only where the shared head has projections of its own.
+    """
+
+    key: Float[Array, "batch capacity group head_dim"]
+    value: Float[Array, "batch capacity group head_dim"]
+    shared_key: Float[Array, "batch capacity head_dim"] | None
+    shared_value: Float[Array, "batch capacity head_dim"] | None
+    length: Int[Array, "batch"]
+
+    @classmethod
+    def create(
+        cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype
+    ) -> "KVCache":
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        heads = (batch, capacity, config.num_kv_heads, config.head_dim)
+        own = config.variant == "gqe" and config.shared_kv == "own"
+        shared = jnp.zeros((batch, capacity, config.head_dim), dtype) if own else None
+        return cls(
+            key=jnp.zeros(heads, dtype),
+            value=jnp.zeros(heads, dtype),
+            shared_key=shared,
+            shared_value=shared,
+            length=jnp.zeros(batch, jnp.int32),
+        )
+
+    def append(
+        self,
+        key: Float[Array, "batch length group head_dim"],
+        value: Float[Array, "batch length group head_dim"],
+        shared_key: Float[Array, "batch length head_dim"] | None = None,
+        shared_value: Float[Array, "batch length head_dim"] | None = None,
+        is_token: Bool[Array, "batch length"] | None = None,
+    ) -> "KVCache":
+        """The cache with the tokens written behind each row's last one.
+
+        Padding (`is_token` False) must stand to the right of a row's tokens and is not written.
+        A token beyond the capacity is dropped: size the cache for the longest row.
+
+        Raises:
+          ValueError: more tokens come at once than the cache can hold.
+        """
+        batch, new = key.shape[:2]
+        capacity = self.key.shape[1]
+        if new > capacity:
+            raise ValueError(
+                f"cache: capacity is {capacity} and {new} tokens come at once; create a larger one"
+            )
+        if is_token is None:
+            is_token = jnp.ones((batch, new), bool)
+        slot = self.length[:, None] + jnp.arange(new, dtype=jnp.int32)
+        slot = jnp.where(is_token, slot, capacity)
+        row = jnp.arange(batch)[:, None]
+
+        def write(old, x):
+            return old if old is None else old.at[row, slot].set(x.astype(old.dtype), mode="drop")
+
+        return KVCache(
+            key=write(self.key, key),
+            value=write(self.value, value),
+            shared_key=write(self.shared_key, shared_key),
+            shared_value=write(self.shared_value, shared_value),
+            length=self.length + jnp.sum(is_token, axis=1, dtype=jnp.int32),
+        )

@@ -1,0 +1,414 @@
+"""Configuration: frozen dataclasses, checked once, at construction.
+
+An error names the field, its value and what would be right.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, get_args
+
+Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
+SharedKV = Literal["mean", "group_0", "own"]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
+
+
+class ConfigError(ValueError):
+    """A configuration's field has a value that cannot work."""
+
+
+def _check(condition: bool, field: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field} is {value!r}; {remedy}")
+
+
+def _check_positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        _check(getattr(config, field) > 0, field, getattr(config, field), "it must be positive")
+
+
+def _check_choice(config: Any, field: str, choices: Any) -> None:
+    names = ", ".join(get_args(choices))
+    value = getattr(config, field)
+    _check(value in get_args(choices), field, value, f"it must be one of {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Geometry of one attention layer (paper.md's symbols: d, N, G, k, D)."""
+
+    variant: Variant = "gqe"
+    """Which slots the output is built of; `gqa` is the dense baseline."""
+    embed_dim: int = 1024
+    """Width of the model, d."""
+    num_query_experts: int = 16
+    """Routed query-head experts, N; the query heads of the dense baseline."""
+    num_kv_heads: int = 8
+    """Groups, each with one key/value head, G."""
+    top_k: int = 1
+    """Experts active in each group for each token, k."""
+    head_dim: int | None = None
+    """Width of a head, D; None: embed_dim / num_query_experts."""
+    shared_kv: SharedKV = "mean"
+    """What the shared head attends to: the mean over groups of K and V, group 0's, or its own."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    router_init_std: float = 0.02
+    """Standard deviation of the router's initial weights. At 0, the authors' choice, every
+    probability ties and every token of the first step takes expert 0 of each group."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "variant", Variant)
+        _check_choice(self, "shared_kv", SharedKV)
+        _check_positive(
+            self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k", "rope_theta"
+        )
+        if self.head_dim is None:
+            _check(
+                self.embed_dim % self.num_query_experts == 0,
+                "embed_dim",
+                self.embed_dim,
+                f"it must be a multiple of num_query_experts ({self.num_query_experts}), "
+                "or head_dim must be given",
+            )
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_query_experts)
+        _check(
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "rotary embedding rotates pairs, so it must be even and positive",
+        )
+        _check(
+            self.num_query_experts % self.num_kv_heads == 0,
+            "num_query_experts",
+            self.num_query_experts,
+            f"it must be a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        _check(
+            self.top_k <= self.experts_per_group,
+            "top_k",
+            self.top_k,
+            f"a group has {self.experts_per_group} experts (num_query_experts / num_kv_heads), "
+            "so it must be at most that",
+        )
+        _check(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be >= 0")
+
+    @property
+    def experts_per_group(self) -> int:
+        """M = N / G."""
+        return self.num_query_experts // self.num_kv_heads
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of width head_dim that enter W_O."""
+        if self.variant == "gqa":
+            return self.num_query_experts
+        return self.top_k * self.num_kv_heads + (2 if self.variant == "gqe" else 0)
+
+    @property
+    def num_active_heads(self) -> int:
+        """Query-attention computations a token pays for."""
+        if self.variant == "gqa":
+            return self.num_query_experts
+        return self.top_k * self.num_kv_heads + (1 if self.variant == "gqe" else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model: pre-norm, SwiGLU, rotary embedding, tied embedding."""
+
+    attention: AttentionConfig = AttentionConfig()
+    num_layers: int = 16
+    """Decoder blocks."""
+    mlp_dim: int = 3072
+    """Hidden width of SwiGLU."""
+    vocab_size: int = 50304
+    """Rows of the embedding: at least the tokenizer's vocabulary."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    embedding_init_std: float = 0.02
+    """Standard deviation of the initial embedding."""
+    dtype: Dtype = "bfloat16"
+    """Type of activations and matrix products; parameters, router and loss are float32."""
+    remat: Remat = "keep_dots"
+    """What each block's forward pass keeps for its backward pass: all activations, the outputs of
+    the matrix products with weights, or only the block's input."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")
+        _check_choice(self, "dtype", Dtype)
+        _check_choice(self, "remat", Remat)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.attention.embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how."""
+
+    corpus: str = "stdlib"
+    """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
+    `python -m gqe_jax.data.prepare`."""
+    document_masking: bool = False
+    """Keep attention inside documents: each document of a window is a segment."""
+    verify_checksums: bool = True
+    """Read the corpus once at the start and compare checksums; sizes are always compared."""
+    read_threads: int = 4
+    """Threads that read batches ahead."""
+    prefetch: int = 8
+    """Batches read ahead."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.corpus), "corpus", self.corpus, "name a corpus or a directory")
+        _check_positive(self, "read_threads", "prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up-stable-decay, ZClip, and the weights of the losses (paper.md, Table 1)."""
+
+    peak_learning_rate: float = 5e-4
+    """Learning rate of the stable phase."""
+    final_learning_rate: float = 1e-5
+    """Floor, reached at the last step."""
+    warmup_fraction: float = 0.1
+    """Share of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
+    decay_fraction: float = 0.2
+    """Share of the steps, at the end, with linear decay; ours: the paper does not publish it."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-7
+    weight_decay: float = 0.1
+    """Decoupled decay of all parameters but the norms' scales."""
+    zclip: bool = True
+    """Clip gradient norms adaptively (arXiv 2504.02507); False: only at `clip_cap`."""
+    zclip_alpha: float = 0.97
+    """Smoothing of ZClip's mean and variance."""
+    zclip_threshold: float = 2.5
+    """z-score above which a gradient norm is a spike."""
+    zclip_warmup_steps: int = 25
+    """Steps whose norms initialise ZClip's mean and variance."""
+    clip_cap: float = 1.0
+    """Absolute cap of the gradient norm."""
+    load_balancing_weight: float = 0.01
+    """Weight of the sum over layers of the load-balancing loss."""
+    router_z_loss_weight: float = 0.0
+    """Weight of the sum over layers of the router's z-loss; ours, off."""
+    z_loss_weight: float = 0.0
+    """Weight of the mean squared logsumexp of the vocabulary's logits; ours, off."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
+        _check_positive(self, "zclip_threshold")
+        for field in ("warmup_fraction", "decay_fraction"):
+            value = getattr(self, field)
+            _check(0 <= value <= 1, field, value, "it must be between 0 and 1")
+        _check(
+            self.warmup_fraction + self.decay_fraction <= 1,
+            "warmup_fraction",
+            self.warmup_fraction,
+            f"with decay_fraction ({self.decay_fraction}) it must not exceed 1",
+        )
+        _check(
+            0 <= self.final_learning_rate <= self.peak_learning_rate,
+            "final_learning_rate",
+            self.final_learning_rate,
+            f"it must be between 0 and peak_learning_rate ({self.peak_learning_rate})",
+        )
+        for field in ("beta1", "beta2", "zclip_alpha"):
+            value = getattr(self, field)
+            _check(0 <= value < 1, field, value, "it must be at least 0 and less than 1")
+        for field in (
+            "weight_decay",
+            "load_balancing_weight",
+            "router_z_loss_weight",
+            "z_loss_weight",
+        ):
+            _check(getattr(self, field) >= 0, field, getattr(self, field), "it must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; at most one is -1, which takes what is left."""
+
+    data: int = -1
+    """Copies of the model; each takes a part of the batch."""
+    fsdp: int = 1
+    """Shards of parameters and optimizer state; each takes a part of the batch."""
+    tensor: int = 1
+    """Shards of the groups, the MLP and the vocabulary."""
+
+    def __post_init__(self) -> None:
+        for field, size in self.sizes.items():
+            _check(size > 0 or size == -1, field, size, "it must be positive, or -1 to fill up")
+        free = [field for field, size in self.sizes.items() if size == -1]
+        _check(len(free) <= 1, ", ".join(free), -1, "at most one axis can be -1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def resolve(self, num_devices: int) -> dict[str, int]:
+        """The sizes on a machine, -1 filled in.
+
+        Raises:
+          ConfigError: the axes do not multiply to `num_devices`.
+        """
+        sizes = self.sizes
+        fixed = 1
+        for size in sizes.values():
+            fixed *= size if size != -1 else 1
+        _check(
+            fixed <= num_devices,
+            "mesh",
+            sizes,
+            f"it needs {fixed} devices and there are {num_devices}: make an axis smaller",
+        )
+        for field, size in sizes.items():
+            if size == -1:
+                _check(
+                    num_devices % fixed == 0,
+                    f"mesh.{field}",
+                    size,
+                    f"the other axes take {fixed} devices, which does not divide {num_devices}",
+                )
+                sizes[field] = num_devices // fixed
+                return sizes
+        _check(
+            fixed == num_devices,
+            "mesh",
+            sizes,
+            f"it uses {fixed} of {num_devices} devices: set one axis to -1 to use all",
+        )
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    run_dir: str = "runs/default"
+    """Where config.json, checkpoints, metrics and the report go; a run found there is resumed."""
+    steps: int = 28610
+    """Optimizer steps in all."""
+    batch_size: int = 512
+    """Sequences in a step, over all devices."""
+    sequence_length: int = 2048
+    """Tokens that a sequence predicts."""
+    accumulation_steps: int = 1
+    """Parts of the batch whose gradients are added up one after the other, to save memory."""
+    seed: int = 0
+    """Of the initial parameters and of the order of the data."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    eval_every: int = 1000
+    """Steps between evaluations on held-out text; the last step is always evaluated."""
+    eval_batches: int | None = 64
+    """Batches of held-out text in an evaluation during training; None: all."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Latest checkpoints that are kept, beside the one with the lowest held-out loss."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.run_dir), "run_dir", self.run_dir, "name a directory")
+        _check_positive(
+            self,
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation_steps",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
+        _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
+        _check(
+            self.eval_batches is None or self.eval_batches > 0,
+            "eval_batches",
+            self.eval_batches,
+            "it must be positive, or None for all",
+        )
+        _check(
+            self.batch_size % self.accumulation_steps == 0,
+            "batch_size",
+            self.batch_size,
+            f"it must be a multiple of accumulation_steps ({self.accumulation_steps})",
+        )
+
+
+# What may change when a run is resumed: nothing that the past steps' numbers depend on. A run whose
+# `steps` change goes on with the schedule of the new length.
+RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches")
+RESUMABLE += ("checkpoint_every", "keep_checkpoints")
+RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type, values: dict[str, Any], path: str = "") -> Any:
+    """The dataclass `kind` from nested dictionaries, as `to_dict` made them; nothing is executed.
+
+    Raises:
+      ConfigError: a field is unknown, missing, or has a value of the wrong type or range.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or kind.__name__} is {values!r}; it must be an object of fields")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise ConfigError(f"{path}{unknown[0]} is no field of {kind.__name__}; it has {known}")
+    arguments = {name: _typed(hints[name], value, path + name) for name, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path}{missing[0]} is missing from {kind.__name__}")
+    return kind(**arguments)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{path}.")
+    if origin is Literal:
+        return value  # the dataclass checks the choice and names the others
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    allowed = arguments if origin in (types.UnionType, typing.Union) else (origin or hint,)
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise ConfigError(f"{path} is {value!r}; it must be of type {names}")
+    return value
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields, with both values, in which a run cannot go on from another's checkpoint."""
+
+    def flatten(values, path=""):
+        for name, value in values.items():
+            if isinstance(value, dict) and f"{path}{name}" not in RESUMABLE:
+                yield from flatten(value, f"{path}{name}.")
+            elif f"{path}{name}" not in RESUMABLE:
+                yield f"{path}{name}", value
+
+    left, right = dict(flatten(to_dict(ours))), dict(flatten(to_dict(theirs)))
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}

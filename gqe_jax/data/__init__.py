@@ -1,0 +1,15 @@
+"""Corpora of tokens: preparing them, reading them, and the order in which training sees them."""
+
+from gqe_jax.data.corpus import Corpus, DataError, Split
+from gqe_jax.data.pipeline import evaluation_batches, training_batches, window_indices
+from gqe_jax.data.stdlib import open_corpus
+
+__all__ = [
+    "Corpus",
+    "DataError",
+    "Split",
+    "evaluation_batches",
+    "open_corpus",
+    "training_batches",
+    "window_indices",
+]

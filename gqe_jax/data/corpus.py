@@ -1,0 +1,240 @@
+"""A prepared corpus: shards of one flat stream of tokens for each split, and a manifest.
+
+`manifest.json` names the tokenizer and, for each split, its shards with their lengths and SHA-256.
+A shard is the tokens in little-endian uint16 or uint32 and nothing else, read by memory map.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gqe_jax.config import ConfigError, from_dict
+from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = "gqe-jax token shards, version 1"
+SPLITS = ("train", "validation")
+
+
+class DataError(ValueError):
+    """A corpus, or what it is to be made from, cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One file of tokens."""
+
+    file: str
+    num_tokens: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """Counts of one split; bytes are those of the text in UTF-8, without ends of documents."""
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    max_token: int
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    tokenizer: str
+    vocab_size: int
+    end_of_document: int
+    dtype: str
+    splits: dict[str, SplitInfo]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32; little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, which becomes `directory` at the end, or leaves nothing behind.
+
+    Raises:
+      DataError: `directory` is already there.
+    """
+    if directory.exists():
+        raise DataError(f"output {directory} exists; name a new directory, or delete it")
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`."""
+    content = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(directory: pathlib.Path) -> Manifest:
+    """Reads and checks `manifest.json`.
+
+    Raises:
+      DataError: there is none, or it is not of this format.
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(
+            f"corpus {directory} has no {MANIFEST}; it must be 'stdlib' or a directory written by "
+            "python -m gqe_jax.data.prepare"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); prepare the corpus again") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the corpus again")
+    try:
+        manifest = from_dict(Manifest, content)
+    except ConfigError as error:
+        raise DataError(f"{path} is damaged ({error}); prepare the corpus again") from None
+    for shard in itertools.chain(*(split.shards for split in manifest.splits.values())):
+        if pathlib.PurePath(shard.file).name != shard.file:
+            raise DataError(f"{path} names the shard {shard.file!r}; it must be a plain file name")
+    return manifest
+
+
+class Split:
+    """The flat stream of one split's tokens.
+
+    Args:
+      directory: of the corpus.
+      name: `train` or `validation`.
+      manifest: of the corpus.
+      verify: compare the shards' checksums, not only their sizes.
+
+    Raises:
+      DataError: the split is empty, or a shard is missing, truncated or altered.
+    """
+
+    def __init__(self, directory: pathlib.Path, name: str, manifest: Manifest, *, verify: bool):
+        info = manifest.splits.get(name)
+        if info is None or info.num_tokens == 0:
+            raise DataError(f"corpus {directory} has no {name} split; prepare it with more text")
+        self.name = name
+        self.info = info
+        self.end_of_document = manifest.end_of_document
+        dtype = np.dtype(manifest.dtype)
+        self._shards = []
+        for shard in info.shards:
+            path = directory / shard.file
+            expected = shard.num_tokens * dtype.itemsize
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != expected:
+                state = "is missing" if actual is None else f"has {actual} bytes"
+                raise DataError(
+                    f"shard {path} {state}, the manifest says {expected} bytes; copy or prepare "
+                    "the corpus again"
+                )
+            if verify and sha256(path) != shard.sha256:
+                raise DataError(
+                    f"shard {path} does not match its checksum in the manifest; copy or prepare "
+                    "the corpus again"
+                )
+            self._shards.append(np.memmap(path, dtype, mode="r"))
+        self._starts = [0, *itertools.accumulate(len(shard) for shard in self._shards)]
+
+    def __len__(self) -> int:
+        return self.info.num_tokens
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens `start` to `start + length` of the stream, int32; fewer at its end."""
+        stop = min(start + length, len(self))
+        pieces = []
+        index = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            offset = start - self._starts[index]
+            piece = self._shards[index][offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+            index += 1
+        return np.concatenate(pieces, dtype=np.int32) if pieces else np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """An opened corpus."""
+
+    directory: pathlib.Path
+    manifest: Manifest
+    fingerprint: str
+    """Of the manifest, and so, by its checksums, of every token."""
+    train: Split
+    validation: Split
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike, *, verify: bool = True) -> "Corpus":
+        """Opens a directory written by `gqe_jax.data.prepare`.
+
+        Raises:
+          DataError: the manifest or a shard is missing, truncated or altered.
+        """
+        directory = pathlib.Path(directory)
+        manifest = read_manifest(directory)
+        splits = (Split(directory, name, manifest, verify=verify) for name in SPLITS)
+        fingerprint = sha256(directory / MANIFEST)[:16]
+        return cls(directory, manifest, fingerprint, *splits)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was made with."""
+        if self.manifest.tokenizer == BYTE:
+            return load_tokenizer(BYTE)
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
+
+    def check(self, *, vocab_size: int, sequence_length: int) -> None:
+        """Whether a model can be trained on it.
+
+        Raises:
+          DataError: a token id is beyond the vocabulary, or a split is shorter than one window.
+        """
+        for split in (self.train, self.validation):
+            if split.info.max_token >= vocab_size:
+                raise DataError(
+                    f"model.vocab_size is {vocab_size}; the {split.name} split of "
+                    f"{self.directory} has token id {split.info.max_token}, so it must be at "
+                    f"least {self.manifest.vocab_size}, the tokenizer's vocabulary"
+                )
+            if len(split) < sequence_length + 1:
+                raise DataError(
+                    f"sequence_length is {sequence_length}; the {split.name} split of "
+                    f"{self.directory} has only {len(split)} tokens: a window takes one more than "
+                    "sequence_length"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """A line's worth of facts for the log."""
+        return {
+            "corpus": str(self.directory),
+            "train_tokens": len(self.train),
+            "validation_tokens": len(self.validation),
+        }

@@ -1,0 +1,119 @@
+"""What each step reads: a pure function of seed and step, run ahead in Grain's threads.
+
+Window i of a split is tokens i · sequence_length to (i + 1) · sequence_length, and the token behind
+them. Row r of step s is number s · batch_size + r of an endless sequence of epochs, each a
+permutation of the windows. A process reads only its own rows, and no state is needed to resume.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from gqe_jax.config import DataConfig
+from gqe_jax.data.corpus import Split
+from gqe_jax.training import Batch
+
+
+def num_windows(split: Split, sequence_length: int) -> int:
+    """Whole windows: each needs one token more than it feeds."""
+    return (len(split) - 1) // sequence_length
+
+
+def window_indices(
+    step: int, rows: slice | range, *, batch_size: int, windows: int, seed: int
+) -> np.ndarray:
+    """The windows that rows `rows` of step `step` train on.
+
+    Args:
+      step: counted from 0.
+      rows: of the global batch.
+      batch_size: rows of the global batch.
+      windows: how many the split has.
+      seed: of the order.
+    """
+    rows = rows if isinstance(rows, range) else range(*rows.indices(batch_size))
+    return np.array([_window(step * batch_size + row, windows, seed) for row in rows], np.int64)
+
+
+def _window(number: int, windows: int, seed: int) -> int:
+    epoch, position = divmod(number, windows)
+    epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return index_shuffle(index=position, max_index=windows - 1, seed=epoch_seed, rounds=4)
+
+
+def read_windows(
+    split: Split, windows: np.ndarray, sequence_length: int, document_masking: bool
+) -> Batch:
+    """The batch of these windows; what lies beyond the split's end is padding.
+
+    Document masking numbers the documents of a window from 1; padding is segment 0.
+    """
+    tokens = np.zeros((len(windows), sequence_length + 1), np.int32)
+    weights = np.zeros((len(windows), sequence_length), np.float32)
+    for row, window in enumerate(windows):
+        read = split.read(int(window) * sequence_length, sequence_length + 1)
+        tokens[row, : len(read)] = read
+        weights[row, : max(len(read) - 1, 0)] = 1.0
+    segments = None
+    if document_masking:
+        ends = np.cumsum(tokens[:, :-1] == split.end_of_document, axis=1, dtype=np.int32)
+        begun = np.pad(ends, ((0, 0), (1, 0)))[:, :-1]
+        segments = np.where(weights > 0, begun + 1, 0).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments)
+
+
+def training_batches(
+    split: Split,
+    config: DataConfig,
+    *,
+    start: int,
+    stop: int,
+    rows: range,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """The rows `rows` of the batches of steps `start` to `stop`, as NumPy arrays."""
+    windows = num_windows(split, sequence_length)
+
+    def batch(step: int) -> Batch:
+        chosen = window_indices(step, rows, batch_size=batch_size, windows=windows, seed=seed)
+        return read_windows(split, chosen, sequence_length, config.document_masking)
+
+    return _ahead(grain.MapDataset.range(start, stop).map(batch), config)
+
+
+def evaluation_batches(
+    split: Split,
+    config: DataConfig,
+    *,
+    rows: range,
+    batch_size: int,
+    sequence_length: int,
+    limit: int | None = None,
+) -> tuple[int, Iterator[Batch]]:
+    """How many batches there are, and the rows `rows` of each.
+
+    The split in its order, every token but the first predicted once; the last batch is padded.
+
+    Args:
+      limit: the most batches; None: all.
+    """
+    windows = -(-(len(split) - 1) // sequence_length)
+    count = -(-windows // batch_size)
+    count = count if limit is None else min(count, limit)
+
+    def batch(index: int) -> Batch:
+        chosen = index * batch_size + np.array(rows)
+        return read_windows(split, chosen, sequence_length, config.document_masking)
+
+    return count, _ahead(grain.MapDataset.range(count).map(batch), config)
+
+
+def _ahead(dataset: grain.MapDataset, config: DataConfig) -> Iterator[Batch]:
+    options = grain.ReadOptions(
+        num_threads=config.read_threads, prefetch_buffer_size=config.prefetch
+    )
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,64 @@
+"""The default corpus: the source text of the Python standard library on this machine, as bytes."""
+
+import hashlib
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+
+from gqe_jax.data.corpus import Corpus, DataError, write_manifest, written_whole
+from gqe_jax.data.prepare import make_manifest, write_documents
+from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
+
+STDLIB = "stdlib"
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def cache_directory() -> pathlib.Path:
+    """Where corpora made on first use are kept: `$XDG_CACHE_HOME/gqe_jax`."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "gqe_jax"
+
+
+def stdlib_documents() -> Iterator[tuple[str, str, str]]:
+    """(path, split, text) of each source file; a hash of the path holds out a tenth."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _LEFT_OUT & set(relative.parts):
+            continue
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue  # a few files declare another encoding
+        held_out = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 10 == 0
+        yield relative.as_posix(), "validation" if held_out else "train", text
+
+
+def prepare_stdlib() -> pathlib.Path:
+    """The corpus in the cache, made now if it is not there; another text is another corpus."""
+    documents = list(stdlib_documents())
+    digest = hashlib.sha256()
+    for path, _, text in documents:
+        digest.update(f"{path}\0{len(text)}\0{text}".encode())
+    directory = cache_directory() / f"{STDLIB}-{digest.hexdigest()[:16]}"
+    if not directory.exists():
+        try:
+            with written_whole(directory) as partial:
+                tokenizer = ByteTokenizer()
+                texts = [(split, text) for _, split, text in documents]
+                splits = write_documents(partial, BYTE, texts, tokenizer, 1 << 28)
+                write_manifest(partial, make_manifest(BYTE, tokenizer, splits))
+        except (DataError, OSError):
+            if not directory.exists():  # else another process made the same one meanwhile
+                raise
+    return directory
+
+
+def open_corpus(name: str, *, verify: bool = True) -> Corpus:
+    """`stdlib`, or a directory written by `python -m gqe_jax.data.prepare`.
+
+    Raises:
+      DataError: there is no such corpus, or it is damaged.
+    """
+    return Corpus.open(prepare_stdlib() if name == STDLIB else name, verify=verify)

@@ -1,0 +1,93 @@
+"""Tokenizers: bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+BYTE = "byte"
+TOKENIZER_FILE = "tokenizer.json"
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    end_of_document: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens. Id 255 ends a document: no UTF-8 text contains that byte."""
+
+    vocab_size = 256
+    end_of_document = 255
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of bytes a text."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text; incomplete characters become U+FFFD, ends of documents vanish."""
+        return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A `tokenizer.json`.
+
+    Args:
+      path: the file.
+      end_of_document: the special token that ends a document; None: the usual one it contains.
+
+    Raises:
+      ValueError: the file is no tokenizer, or has no such token.
+    """
+
+    def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
+        import tokenizers  # the byte tokenizer does without
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer {path} cannot be read ({error}); it must be 'byte' or a tokenizer.json "
+                "of the tokenizers library"
+            ) from error
+        names = _END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
+        ids = [self._tokenizer.token_to_id(name) for name in names]
+        found = [token for token in ids if token is not None]
+        if not found:
+            raise ValueError(
+                f"end_of_document: tokenizer {path} has none of {', '.join(names)}; "
+                "name the token that ends a document"
+            )
+        self.end_of_document: int = found[0]
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of ids a text, without special tokens."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text, without special tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None) -> Tokenizer:
+    """`byte`, or the tokenizer in a file.
+
+    Raises:
+      ValueError: there is no such file, or it is no tokenizer.
+    """
+    if str(name) == BYTE:
+        return ByteTokenizer()
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ValueError(f"tokenizer is {str(name)!r}; it must be 'byte' or a tokenizer.json")
+    return FileTokenizer(path, end_of_document)

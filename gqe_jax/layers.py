@@ -1,0 +1,102 @@
+"""RMSNorm, rotary embedding, SwiGLU and embedding: Flax's layers, with logical axes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+def logical_axes(*names: str | None) -> dict:
+    """Metadata that names a weight's axes; `sharding.py` maps the names to mesh axes."""
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+def scaled_normal(fan_in: int) -> nnx.Initializer:
+    """Truncated normal of variance 1 / fan_in."""
+    return nnx.initializers.truncated_normal(stddev=1.0 / math.sqrt(fan_in) / 0.87962566)
+
+
+def projection(
+    in_features: int | tuple[int, ...],
+    out_features: int | tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    kernel_init: nnx.Initializer | None = None,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
+    precision: jax.lax.PrecisionLike = None,
+    rngs: nnx.Rngs,
+) -> nnx.LinearGeneral:
+    """A linear map without bias over the last axes; its weight is `kernel` [*in, *out]."""
+    contracted = 1 if isinstance(in_features, int) else len(in_features)
+    fan_in = in_features if isinstance(in_features, int) else math.prod(in_features)
+    return nnx.LinearGeneral(
+        in_features,
+        out_features,
+        axis=tuple(range(-contracted, 0)),
+        use_bias=False,
+        kernel_init=kernel_init or scaled_normal(fan_in),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+        kernel_metadata=logical_axes(*axes),
+        rngs=rngs,
+    )
+
+
+def rms_norm(
+    features: int, *, epsilon: float, dtype: jnp.dtype | None, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+    """RMSNorm with a float32 scale."""
+    return nnx.RMSNorm(
+        features, epsilon=epsilon, dtype=dtype, scale_metadata=logical_axes("norm"), rngs=rngs
+    )
+
+
+def embedding(
+    vocab_size: int, features: int, *, std: float, dtype: jnp.dtype | None, rngs: nnx.Rngs
+) -> nnx.Embed:
+    """Token embedding, [vocab, embed]; its transpose gives the logits."""
+    return nnx.Embed(
+        vocab_size,
+        features,
+        embedding_init=nnx.initializers.normal(std),
+        dtype=dtype,
+        embedding_metadata=logical_axes("vocab", "embed"),
+        rngs=rngs,
+    )
+
+
+def rotary(
+    x: Float[Array, "batch length *heads head_dim"],
+    positions: Int[Array, "batch length"],
+    theta: float,
+) -> Float[Array, "batch length *heads head_dim"]:
+    """Rotary position embedding, half-split: feature i turns with feature i + head_dim / 2.
+
+    Source: RoFormer, arXiv 2104.09864. Angles in float32; the result has the dtype of `x`.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)): the gated MLP of arXiv 2002.05202."""
+
+    def __init__(
+        self, embed_dim: int, mlp_dim: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+    ):
+        self.gate = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.up = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = projection(mlp_dim, embed_dim, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,119 @@
+"""AdamW, warm-up-stable-decay and ZClip, as Optax transformations (paper.md, Training recipe)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from gqe_jax.config import OptimizerConfig
+
+
+class ZClipState(NamedTuple):
+    """`norm` and `clipped_norm` are the last step's, before and after; for logging."""
+
+    count: Int[Array, ""]
+    warmup_norms: Float[Array, "warmup"]
+    mean: Float[Array, ""]
+    variance: Float[Array, ""]
+    norm: Float[Array, ""]
+    clipped_norm: Float[Array, ""]
+
+
+def zclip(
+    *, alpha: float = 0.97, threshold: float = 2.5, warmup_steps: int = 25, cap: float = 1.0
+) -> optax.GradientTransformation:
+    """Adaptive clipping of gradient-norm spikes: ZClip, arXiv 2504.02507.
+
+    During warm-up, norms are collected and clipped only at `cap`; then they initialise mean and
+    variance. After that a norm whose z-score exceeds `threshold` is brought to
+    `mean + threshold · std / (z / threshold)`, every norm to at most `cap`; mean and variance
+    follow what z-clipping left, not the raw norm.
+
+    Args:
+      alpha: smoothing of mean and variance.
+      threshold: z-score of a spike.
+      warmup_steps: norms that are collected first.
+      cap: the largest norm that ever passes.
+    """
+
+    def init(params: optax.Params) -> ZClipState:
+        del params
+        zero = jnp.zeros((), jnp.float32)
+        return ZClipState(
+            jnp.zeros((), jnp.int32), jnp.zeros(warmup_steps, jnp.float32), zero, zero, zero, zero
+        )
+
+    def update(updates, state: ZClipState, params: Any = None):
+        del params
+        norm = optax.global_norm(updates).astype(jnp.float32)
+        warming_up = state.count < warmup_steps
+
+        warmup_norms = jnp.where(jnp.arange(warmup_steps) == state.count, norm, state.warmup_norms)
+        first_mean, first_variance = jnp.mean(warmup_norms), jnp.var(warmup_norms)
+
+        std = jnp.sqrt(state.variance)
+        z = (norm - state.mean) / (std + 1e-6)
+        spike = z > threshold
+        brought_down = state.mean + threshold * std / (jnp.where(spike, z, threshold) / threshold)
+        target = jnp.where(spike & ~warming_up, brought_down, norm)
+        mean = alpha * state.mean + (1 - alpha) * target
+        variance = alpha * state.variance + (1 - alpha) * jnp.square(target - mean)
+
+        clipped = jnp.minimum(target, cap)
+        factor = jnp.where(norm > clipped, clipped / jnp.maximum(norm, 1e-30), 1.0)
+        new = ZClipState(
+            count=optax.safe_increment(state.count),
+            warmup_norms=warmup_norms,
+            mean=jnp.where(warming_up, first_mean, mean),
+            variance=jnp.where(warming_up, first_variance, variance),
+            norm=norm,
+            clipped_norm=clipped,
+        )
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), new
+
+    return optax.GradientTransformation(init, update)
+
+
+def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, a plateau, linear decay to the floor at the last of `steps` steps."""
+    warmup = round(config.warmup_fraction * steps)
+    decay = round(config.decay_fraction * steps)
+    peak = config.peak_learning_rate
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, config.final_learning_rate, decay),
+        ],
+        [warmup, steps - 1 - decay],
+    )
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    """True for every parameter but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(getattr(key, "key", None) == "scale" for key in path), params
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW on the warm-up-stable-decay schedule over `steps` steps."""
+    clip = zclip(
+        alpha=config.zclip_alpha,
+        threshold=config.zclip_threshold if config.zclip else float("inf"),
+        warmup_steps=config.zclip_warmup_steps,
+        cap=config.clip_cap,
+    )
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(warmup_stable_decay(config, steps)),
+    )
+
+
+def gradient_norms(opt_state: optax.OptState) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The last step's global gradient norm, before and after clipping."""
+    return opt_state[0].norm, opt_state[0].clipped_norm

@@ -1,0 +1,77 @@
+"""The router of Grouped Query Experts (paper.md, steps 3 and 5, and Losses): pure functions."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def router_probabilities(
+    logits: Float[Array, "batch length group expert"],
+) -> Float[Array, "batch length group expert"]:
+    """Softmax inside each group, before selection, in float32 (step 3)."""
+    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def select_top_k(
+    probs: Float[Array, "batch length group expert"], top_k: int
+) -> tuple[Int[Array, "batch length group k"], Float[Array, "batch length group k"]]:
+    """The k most probable experts of each group, by rank, and their probabilities (step 3).
+
+    Ties go to the lower index. The indices carry no gradient; the probabilities do.
+    """
+    selected, index = jax.lax.top_k(probs, top_k)
+    return index, selected
+
+
+def slot_weights(
+    selected: Float[Array, "batch length group k"],
+) -> Float[Array, "batch length group k"]:
+    """Weights of the weighted slot: one normalisation over all groups and ranks (step 5)."""
+    total = jnp.sum(selected, axis=(-2, -1), keepdims=True)
+    return selected / jnp.maximum(total, 1e-9)
+
+
+def _token_mean(x: Float[Array, "batch length *rest"], is_token: Float[Array, "batch length"]):
+    """Mean over the tokens of the global batch, padding excluded."""
+    count = jnp.maximum(jnp.sum(is_token), 1.0)
+    weight = is_token.reshape(*is_token.shape, *(1,) * (x.ndim - 2))
+    return jnp.sum(x * weight, axis=(0, 1)) / count
+
+
+def expert_load(
+    expert_index: Int[Array, "batch length group k"],
+    experts_per_group: int,
+    is_token: Float[Array, "batch length"],
+) -> Float[Array, "group expert"]:
+    """f: the share of tokens that selected each expert; it sums to k in a group."""
+    selected = jax.nn.one_hot(expert_index, experts_per_group, dtype=jnp.float32).sum(axis=-2)
+    return _token_mean(selected, is_token)
+
+
+def load_balancing_loss(
+    probs: Float[Array, "batch length group expert"],
+    load: Float[Array, "group expert"],
+    is_token: Float[Array, "batch length"],
+) -> Float[Array, ""]:
+    """Switch's loss, M · sum over m of f[m] · P[m], mean over groups (paper.md, Losses).
+
+    Uniform top-1 routing gives 1. `load` is a count: the gradient flows through `probs`.
+    """
+    mean_prob = _token_mean(probs, is_token)
+    experts_per_group = probs.shape[-1]
+    return experts_per_group * jnp.mean(jnp.sum(jax.lax.stop_gradient(load) * mean_prob, axis=-1))
+
+
+def router_z_loss(
+    logits: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
+) -> Float[Array, ""]:
+    """Mean over tokens and groups of logsumexp²; ours, off by default."""
+    squared = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+    return jnp.mean(_token_mean(squared, is_token))
+
+
+def router_entropy(
+    probs: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
+) -> Float[Array, "group"]:
+    """Mean entropy of the tokens' routing distributions, in nats; log M is undecided."""
+    return _token_mean(-jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1), is_token)

@@ -1,0 +1,180 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, and progress for whoever watches."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+# Peak bfloat16 FLOP/s of what JAX calls one device, from the vendors' data sheets (dense, without
+# sparsity). A TPU v7x chip is two devices.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None where it is not known."""
+    kind = device.device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    path = pathlib.Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+class Telemetry:
+    """Writes a run's metrics; use it as a context manager.
+
+    Args:
+      run_dir: the run's directory.
+      start: the step that the run goes on from. Lines of later steps, from before a crash, are
+        taken out: they come again.
+      steps: the run's last step.
+      flops_per_token: model FLOPs of a training step, for the utilisation.
+      devices: that share the work.
+      stream: where progress goes: a bar on a terminal, lines elsewhere.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        *,
+        start: int,
+        steps: int,
+        flops_per_token: float,
+        devices: list[jax.Device],
+        stream: TextIO | None = None,
+    ):
+        self._run_dir = pathlib.Path(run_dir)
+        self._start, self._steps = start, steps
+        self._flops_per_token = flops_per_token
+        peaks = [peak_flops(device) for device in devices]
+        self._peak = None if None in peaks else sum(peaks)
+        self._stream = sys.stderr if stream is None else stream
+        self._digits = len(str(steps))
+
+    def __enter__(self) -> "Telemetry":
+        path = self._run_dir / METRICS_FILE
+        kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._start]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(self._run_dir / "tensorboard"), purge_step=self._start + 1, flush_secs=30
+        )
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm.tqdm(
+                total=self._steps, initial=self._start, unit="step", file=self._stream
+            )
+        self._last_time, self._last_step = time.perf_counter(), self._start
+        self._paused = 0.0
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """A line to whoever watches."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def advance(self) -> None:
+        """One more step is under way."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def training(self, step: int, metrics: dict[str, Any], tokens_per_step: int) -> None:
+        """Metrics of a training step, with the speed since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._last_time - self._paused, 1e-9)
+        tokens_per_second = (step - self._last_step) * tokens_per_step / elapsed
+        self._last_time, self._last_step, self._paused = now, step, 0.0
+        record = {"step": step, **metrics, "tokens_per_second": tokens_per_second}
+        if self._peak is not None:
+            record["mfu"] = tokens_per_second * self._flops_per_token / self._peak
+        self._write(record)
+        shown = f"loss {record['loss']:.4f}, {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            mfu = f", MFU {record['mfu']:.1%}" if "mfu" in record else ""
+            self.say(
+                f"step {step:>{self._digits}}/{self._steps}  {shown}{mfu}, "
+                f"grad norm {record['grad_norm']:.3f}, lr {record['learning_rate']:.2e}"
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics on held-out text."""
+        self._write({"step": step, **metrics})
+        self.say(
+            f"step {step:>{self._digits}}/{self._steps}  held-out loss {metrics['eval_loss']:.4f}, "
+            f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
+        )
+
+    def outside(self, seconds: float) -> None:
+        """Time that is no training: evaluations and checkpoints stay out of the speed."""
+        self._paused += seconds
+
+    def sync(self) -> None:
+        """Makes sure that the lines so far outlive the machine."""
+        os.fsync(self._file.fileno())
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record = {
+            name: np.asarray(value).tolist() if isinstance(value, np.ndarray) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = record["step"]
+        for name, value in record.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+        if "expert_load" in record:
+            self._routing_to_board(record, step)
+
+    def _routing_to_board(self, record: dict[str, Any], step: int) -> None:
+        """Of each layer: the largest load of an expert, and the mean entropy."""
+        for layer, load in enumerate(record["expert_load"]):
+            self._board.add_scalar(f"max_expert_load/layer_{layer}", np.max(load), step)
+        for layer, entropy in enumerate(record["router_entropy"]):
+            self._board.add_scalar(f"router_entropy/layer_{layer}", np.mean(entropy), step)

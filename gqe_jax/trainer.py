@@ -1,0 +1,265 @@
+"""The training loop: restore, step, log, evaluate, checkpoint, stop cleanly."""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+import jax
+
+from gqe_jax import report
+from gqe_jax.checkpoint import Checkpoints
+from gqe_jax.config import RunConfig, to_dict
+from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
+from gqe_jax.data.pipeline import num_windows
+from gqe_jax.evaluation import evaluate
+from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
+from gqe_jax.telemetry import Telemetry, read_metrics
+from gqe_jax.training import Steps, TrainState, make_steps
+from gqe_jax.transformer import matmul_flops_per_token
+
+CONFIG_FILE = "config.json"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the loop can save and stop; the second one kills.
+
+    Outside the main thread, where Python has no signals, it never fires.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        name = self.received.name
+        print(f"{name}: saving after this step; once more to exit now", file=sys.stderr, flush=True)
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes the run's `config.json`, whole or not at all."""
+    path = pathlib.Path(config.run_dir) / CONFIG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    partial.replace(path)
+
+
+def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
+    """Trains a run to its last step, or until a signal; goes on where its directory left off.
+
+    Everything that can be wrong with the configuration is found before anything is compiled or
+    written.
+
+    Args:
+      config: the run.
+      stream: where progress goes; None: the error stream.
+
+    Returns:
+      The state, on the mesh; its `step` is less than `config.steps` if a signal came.
+
+    Raises:
+      ConfigError: a field does not fit the devices, or the run in the directory.
+      DataError: the corpus cannot be used.
+      CheckpointError: the latest checkpoint cannot be read.
+      NonFiniteLossError: the loss became infinite or NaN.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divides(config, dict(mesh.shape))
+    corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)
+    corpus.check(vocab_size=config.model.vocab_size, sequence_length=config.sequence_length)
+
+    with (
+        Interrupt() as interrupt,
+        Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
+    ):
+        start = checkpoints.latest()
+        if start is not None:
+            checkpoints.check_fits(start, config, corpus.fingerprint)
+        steps = make_steps(config, mesh)
+        if start is None:
+            state, start = steps.init(), 0
+        else:
+            state = checkpoints.restore(start, steps.abstract_state, steps.state_sharding)
+        write_config(config)
+        flops = 3 * matmul_flops_per_token(config.model, config.sequence_length)
+        with Telemetry(
+            config.run_dir,
+            start=start,
+            steps=config.steps,
+            flops_per_token=flops,
+            devices=list(mesh.devices.flat),
+            stream=stream,
+        ) as telemetry:
+            telemetry.say(_describe(config, corpus, steps, start))
+            loop = _Loop(config, corpus, steps, checkpoints, telemetry, interrupt)
+            state = loop.run(state, start)
+        report.draw(config.run_dir)
+    return state
+
+
+def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
+    attention = config.model.attention
+    params = sum(x.size for x in jax.tree.leaves(steps.abstract_state.params))
+    device = steps.mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{axis} {size}" for axis, size in steps.mesh.shape.items())
+    begins = f"resuming {config.run_dir} at step {start}" if start else f"run {config.run_dir}"
+    return (
+        f"{begins}: {attention.variant}, {params:,} parameters, "
+        f"{attention.num_active_heads} active heads a token; {steps.mesh.size} x {device} "
+        f"({axes}); {len(corpus.train):,} tokens of {config.data.corpus}"
+    )
+
+
+class _Loop:
+    """The steps of one call of `train`; holds what they share, not the state they pass on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        steps: Steps,
+        checkpoints: Checkpoints,
+        telemetry: Telemetry,
+        interrupt: Interrupt,
+    ):
+        self.config, self.corpus, self.steps = config, corpus, steps
+        self.checkpoints, self.telemetry, self.interrupt = checkpoints, telemetry, interrupt
+        self.batch_sharding = batch_sharding(steps.mesh)
+        self.unsettled: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.eval_loss: dict[int, float] = {
+            line["step"]: line["eval_loss"]
+            for line in read_metrics(config.run_dir)
+            if "eval_loss" in line
+        }
+
+    def run(self, state: TrainState, step: int) -> TrainState:
+        config = self.config
+        batches = training_batches(
+            self.corpus.train,
+            config.data,
+            start=step,
+            stop=config.steps,
+            rows=local_rows(self.batch_sharding, config.batch_size),
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
+        while True:
+            last = step == config.steps
+            if last or (step and step % config.eval_every == 0):
+                self.evaluate(state, step, limit=None if last else config.eval_batches)
+            if last or self.interrupt or (step and step % config.checkpoint_every == 0):
+                self.save(state, step)
+            if last or self.interrupt:
+                break
+            batch = global_batch(self.batch_sharding, config.batch_size, next(batches))
+            state, metrics = self.steps.train_step(state, batch)
+            step += 1
+            self.telemetry.advance()
+            self.settle(keep=1)
+            self.unsettled.append((step, metrics))
+        if not last:
+            self.telemetry.say(f"stopped at step {step}; the same command goes on from there")
+        return state
+
+    def settle(self, keep: int = 0) -> None:
+        """Waits for all but the last `keep` steps' metrics, checks them, and logs what is due.
+
+        One step stays in flight, so that the device never waits for the host.
+        """
+        while len(self.unsettled) > keep:
+            step, metrics = self.unsettled.popleft()
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(value := float(metrics[name])):
+                    raise NonFiniteLossError(self._non_finite(step, name, value))
+            if step % self.config.log_every == 0 or step in (1, self.config.steps):
+                fetched = jax.device_get(metrics)
+                record = {k: v if v.ndim else float(v) for k, v in fetched.items()}
+                tokens = self.config.batch_size * self.config.sequence_length
+                self.telemetry.training(step, record, tokens)
+
+    def _non_finite(self, step: int, name: str, value: float) -> str:
+        config = self.config
+        windows = window_indices(
+            step - 1,
+            slice(None),
+            batch_size=config.batch_size,
+            windows=num_windows(self.corpus.train, config.sequence_length),
+            seed=config.seed,
+        )
+        good = self.checkpoints.latest()
+        saved = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
+        shown = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
+        return (
+            f"{name} is {value} at step {step} (batch {step - 1}: windows {shown} of the train "
+            f"split); {saved} in {self.checkpoints.directory}. Resuming repeats the same batches: "
+            "lower optimizer.peak_learning_rate or look at these windows"
+        )
+
+    def evaluate(self, state: TrainState, step: int, limit: int | None) -> None:
+        """Scores held-out text, unless this step was scored before an interruption."""
+        self.settle()
+        if step in self.eval_loss:
+            return
+        begun = time.perf_counter()
+        result = evaluate(
+            self.steps,
+            state.params,
+            self.corpus.validation,
+            self.config.data,
+            batch_size=self.config.batch_size,
+            sequence_length=self.config.sequence_length,
+            limit=limit,
+            stop=lambda: bool(self.interrupt),
+        )
+        if result is None:
+            return
+        self.eval_loss[step] = result.loss
+        self.telemetry.evaluation(
+            step,
+            {
+                "eval_loss": result.loss,
+                "eval_perplexity": result.perplexity,
+                "eval_bits_per_byte": result.bits_per_byte,
+                "eval_tokens": result.tokens,
+            },
+        )
+        self.telemetry.outside(time.perf_counter() - begun)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Checkpoints the state, which is known to be finite."""
+        self.settle()
+        if self.checkpoints.latest() == step:
+            return
+        begun = time.perf_counter()
+        self.telemetry.sync()
+        fingerprint = self.corpus.fingerprint
+        self.checkpoints.save(state, self.config, fingerprint, self.eval_loss.get(step))
+        self.telemetry.outside(time.perf_counter() - begun)

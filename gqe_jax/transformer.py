@@ -1,0 +1,142 @@
+"""The decoder-only language model: pre-norm blocks, stacked along a leading axis and scanned."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gqe_jax.attention import AttentionAux, make_attention
+from gqe_jax.cache import KVCache
+from gqe_jax.config import ModelConfig
+from gqe_jax.layers import SwiGLU, embedding, rms_norm
+from gqe_jax.sharding import constrain
+
+_REMAT_POLICY = {
+    "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "keep_nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class DecoderBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        norm = {"epsilon": config.norm_epsilon, "dtype": dtype, "rngs": rngs}
+        self.attention_norm = rms_norm(config.embed_dim, **norm)
+        self.attention = make_attention(
+            config.attention, dtype=dtype, implementation=implementation, rngs=rngs
+        )
+        self.mlp_norm = rms_norm(config.embed_dim, **norm)
+        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        *,
+        positions: Int[Array, "batch length"] | None,
+        segment_ids: Int[Array, "batch length"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
+        attended, aux, cache = self.attention(
+            self.attention_norm(x), positions=positions, segment_ids=segment_ids, cache=cache
+        )
+        x = constrain(x + attended, "batch", "sequence", None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
+
+
+class Transformer(nnx.Module):
+    """A language model with tied embedding. Parameters of the blocks lead with a layer axis.
+
+    Args:
+      config: the geometry, dtype and remat policy.
+      implementation: of the attention kernel; None: the best for the platform.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.embedding = embedding(
+            config.vocab_size,
+            config.embed_dim,
+            std=config.embedding_init_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layer"})
+        def stack(rngs: nnx.Rngs) -> DecoderBlock:
+            return DecoderBlock(config, implementation=implementation, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = rms_norm(
+            config.embed_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
+        """The final hidden states, before `logits`: a loss can take the vocabulary in chunks.
+
+        Args:
+          tokens: token ids.
+          positions, segment_ids: as in `GroupedQueryExperts`.
+          cache: of all layers, from `create_cache`.
+
+        Returns:
+          Hidden states; the layers' aux and caches, each with a leading layer axis.
+        """
+        graphdef, params = nnx.split(self.layers)
+
+        def block(x, layer):
+            params, cache = layer
+            x, aux, cache = nnx.merge(graphdef, params)(
+                x, positions=positions, segment_ids=segment_ids, cache=cache
+            )
+            return x, (aux, cache)
+
+        if self.config.remat != "keep_everything":
+            policy = _REMAT_POLICY[self.config.remat]
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        x = constrain(self.embedding(tokens), "batch", "sequence", None)
+        x, (aux, cache) = jax.lax.scan(block, x, (params, cache))
+        return self.final_norm(x), aux, cache
+
+    def logits(
+        self, hidden: Float[Array, "batch length embed"]
+    ) -> Float[Array, "batch length vocab"]:
+        """Float32 logits over the vocabulary, by the tied embedding."""
+        table = self.embedding.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("ble,ve->blv", hidden, table, preferred_element_type=jnp.float32)
+
+    def create_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for every layer, stacked along a leading axis."""
+        config = self.config
+        one = KVCache.create(config.attention, batch, capacity, jnp.dtype(config.dtype))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
+
+
+def matmul_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Multiply-add flops (2 each) that one token's forward pass needs, causal attention halved.
+
+    Counts the matrix products of the projections, the MLP, the logits and the active heads; norms,
+    rotary embedding, softmax and recomputation are left out, as is usual for model FLOPs.
+    """
+    attention = config.attention
+    embed, head_dim = config.embed_dim, attention.head_dim
+    heads = attention.num_query_experts + 2 * attention.num_kv_heads + attention.num_slots
+    if attention.variant == "gqe":
+        heads += 3 if attention.shared_kv == "own" else 1
+    projections = embed * head_dim * heads
+    if attention.variant != "gqa":
+        projections += embed * attention.num_query_experts
+    scores = attention.num_active_heads * head_dim * sequence_length  # QK and PV, half masked
+    block = projections + 3 * embed * config.mlp_dim + scores
+    return 2.0 * (config.num_layers * block + embed * config.vocab_size)

@@ -1,0 +1,212 @@
+"""`routed_attention` and `dense_attention`: the functions people call."""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gqe_kernels import cudnn, reference, xla
+
+RoutedImplementation = Literal["reference", "xla"]
+DenseImplementation = Literal["reference", "xla", "cudnn"]
+
+_ROUTED = {"reference": reference.routed_attention, "xla": xla.routed_attention}
+_DENSE = {
+    "reference": reference.dense_attention,
+    "xla": xla.dense_attention,
+    "cudnn": cudnn.dense_attention,
+}
+
+
+def routed_attention(
+    query: Float[Array, "batch q_len group expert head_dim"],
+    key: Float[Array, "batch kv_len group head_dim"],
+    value: Float[Array, "batch kv_len group head_dim"],
+    expert_index: Int[Array, "batch q_len group k"],
+    slot_weight: Float[Array, "batch q_len group k"] | None = None,
+    shared_query: Float[Array, "batch q_len head_dim"] | None = None,
+    shared_key: Float[Array, "batch kv_len head_dim"] | None = None,
+    shared_value: Float[Array, "batch kv_len head_dim"] | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_segment_ids: Int[Array, "batch q_len"] | None = None,
+    kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"] = 0,
+    implementation: RoutedImplementation | None = None,
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """Attention of the selected query experts: the slots of a GQE layer, before W_O.
+
+    Source: Grouped Query Experts, arXiv 2606.20945; the hard, weighted and shared slots, in this
+    order, `k * group + weighted + shared` of them.
+
+    Args:
+      query: the queries of all experts, rotary embedding applied.
+      key, value: one head for each group.
+      expert_index: the experts that each token selected in each group, by rank; all of a token's
+        indices in a group differ.
+      slot_weight: the factor of each selected expert in the weighted slot; None: no such slot.
+      shared_query: the query of the always-on head; None: no such slot.
+      shared_key, shared_value: what the shared head reads; None: the mean over the groups.
+      scale: the factor of the logits; None: 1 / sqrt(head_dim).
+      causal: query t sees the keys up to position t + q_offset.
+      q_segment_ids, kv_segment_ids: tokens see only their own segment. Id 0 is padding: its rows
+        are zero and get no gradient. Both or neither.
+      q_offset: the position of the first query among the keys, one or one for each row of the
+        batch: chunked prefill and decoding.
+      implementation: "reference" (float32, quadratic memory) or "xla" (linear memory). None: the
+        best one for the platform that the program is lowered for.
+
+    Returns:
+      The slots in the dtype of `query`: hard slots group-major, within a group by rank.
+
+    Raises:
+      ValueError: an argument's shape or dtype does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not take an argument.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from gqe_kernels import routed_attention
+    >>> query = jax.random.normal(jax.random.key(0), (1, 6, 4, 2, 8))  # 4 groups of 2 experts
+    >>> key = value = jnp.ones((1, 6, 4, 8))
+    >>> expert_index = jnp.zeros((1, 6, 4, 1), jnp.int32)  # every token takes expert 0
+    >>> routed_attention(query, key, value, expert_index).shape
+    (1, 6, 4, 8)
+    """
+    batch, q_len, group, _, head_dim = _check_qkv(query, key, value)
+    kv_len = key.shape[1]
+    if expert_index.ndim != 4 or expert_index.shape[:3] != (batch, q_len, group):
+        raise ValueError(
+            f"expert_index has shape {expert_index.shape}; query {query.shape} needs "
+            f"[{batch}, {q_len}, {group}, k]"
+        )
+    if not jnp.issubdtype(expert_index.dtype, jnp.integer):
+        raise ValueError(f"expert_index has dtype {expert_index.dtype}; it must be an integer type")
+    if not 1 <= expert_index.shape[3] <= query.shape[3]:
+        raise ValueError(
+            f"expert_index selects k = {expert_index.shape[3]} experts of the {query.shape[3]} "
+            "in a group; k must be between 1 and the number of experts"
+        )
+    if slot_weight is not None:
+        _check_shape("slot_weight", slot_weight, expert_index.shape)
+    if (shared_key is None) != (shared_value is None):
+        raise ValueError("shared_key and shared_value must be given together")
+    if shared_query is not None:
+        _check_shape("shared_query", shared_query, (batch, q_len, head_dim))
+    elif shared_key is not None:
+        raise ValueError("shared_key and shared_value were given without a shared_query")
+    if shared_key is not None:
+        _check_shape("shared_key", shared_key, (batch, kv_len, head_dim))
+        _check_shape("shared_value", shared_value, (batch, kv_len, head_dim))
+    masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
+    if implementation is None:
+        implementation = "xla"
+    _check_implementation(implementation, RoutedImplementation)
+    return _ROUTED[implementation](
+        query,
+        key,
+        value,
+        expert_index,
+        slot_weight,
+        shared_query,
+        shared_key,
+        shared_value,
+        **masking,
+    )
+
+
+def dense_attention(
+    query: Float[Array, "batch q_len group expert head_dim"],
+    key: Float[Array, "batch kv_len group head_dim"],
+    value: Float[Array, "batch kv_len group head_dim"],
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_segment_ids: Int[Array, "batch q_len"] | None = None,
+    kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"] = 0,
+    implementation: DenseImplementation | None = None,
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """Grouped-query attention of all heads: the baseline, on the best kernel of each platform.
+
+    Args:
+      query: the queries of every head, by group, rotary embedding applied.
+      key, value: one head for each group.
+      scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
+      implementation: "reference", "xla" (linear memory) or "cudnn" (through
+        `jax.nn.dot_product_attention`). None: when lowered for CUDA, "cudnn" where it takes the
+        arguments; "xla" otherwise.
+
+    Returns:
+      One slot a head, group-major, in the dtype of `query`.
+
+    Raises:
+      ValueError: an argument's shape or dtype does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not take an argument.
+    """
+    _check_qkv(query, key, value)
+    masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
+    if implementation is not None:
+        _check_implementation(implementation, DenseImplementation)
+        return _DENSE[implementation](query, key, value, **masking)
+    fallback = functools.partial(xla.dense_attention, **masking)
+    if cudnn.unsupported(query, key, **masking) is not None or not cudnn.available():
+        return fallback(query, key, value)
+    fast = functools.partial(cudnn.dense_attention, **masking)
+    return jax.lax.platform_dependent(query, key, value, cuda=fast, default=fallback)
+
+
+def _check_qkv(query, key, value) -> tuple[int, ...]:
+    if query.ndim != 5:
+        raise ValueError(
+            f"query has shape {query.shape}; it must be [batch, q_len, group, expert, head_dim]"
+        )
+    batch, _, group, _, head_dim = query.shape
+    if key.ndim != 4 or (key.shape[0], *key.shape[2:]) != (batch, group, head_dim):
+        raise ValueError(
+            f"key has shape {key.shape}; query {query.shape} needs "
+            f"[{batch}, kv_len, {group}, {head_dim}]"
+        )
+    _check_shape("value", value, key.shape)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating type")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}; "
+            "they must be one"
+        )
+    return query.shape
+
+
+def _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset) -> dict:
+    batch, q_len = query.shape[:2]
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must be given together")
+    if q_segment_ids is not None:
+        _check_shape("q_segment_ids", q_segment_ids, (batch, q_len))
+        _check_shape("kv_segment_ids", kv_segment_ids, (batch, key.shape[1]))
+    if jnp.shape(q_offset) not in ((), (batch,)):
+        raise ValueError(
+            f"q_offset has shape {jnp.shape(q_offset)}; it must be a scalar or [{batch}]"
+        )
+    return {
+        "scale": 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        "causal": causal,
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "q_offset": q_offset,
+    }
+
+
+def _check_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}; it must be {shape}")
+
+
+def _check_implementation(implementation: str, known) -> None:
+    if implementation not in get_args(known):
+        names = ", ".join(repr(name) for name in get_args(known))
+        raise ValueError(f"implementation is {implementation!r}; it must be one of None, {names}")

@@ -1,0 +1,232 @@
+"""Attention in memory linear in the length, on any platform: blocks under `lax`, online softmax.
+
+The forward pass keeps each row's logsumexp; the backward pass recomputes the probabilities from it.
+Blocks wholly above the diagonal are not visited.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from gqe_kernels import reference
+
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of queries and of keys in one tile of logits."""
+
+    q: int = 512
+    kv: int = 512
+
+
+class _Masking(NamedTuple):
+    """Positions and segments of the padded sequences; a None is a test left out."""
+
+    q_position: Int[Array, "#batch q_len"] | None
+    q_segment: Int[Array, "batch q_len"] | None
+    kv_segment: Int[Array, "batch kv_len"] | None
+
+
+class _Tiling(NamedTuple):
+    scale: float
+    causal: bool
+    blocks: BlockSizes
+    kv_len: int  # keys before padding
+
+
+def attend(
+    query: Float[Array, "batch q_len group head head_dim"],
+    key: Float[Array, "batch kv_len group head_dim"],
+    value: Float[Array, "batch kv_len group head_dim"],
+    *,
+    scale: float,
+    causal: bool,
+    q_segment_ids: Int[Array, "batch q_len"] | None,
+    kv_segment_ids: Int[Array, "batch kv_len"] | None,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
+    block_sizes: BlockSizes | None = None,
+) -> Float[Array, "batch q_len group head head_dim"]:
+    """As `reference.attend`: operands in their own dtype, float32 softmax and accumulation."""
+    q_len, kv_len = query.shape[1], key.shape[1]
+    blocks = block_sizes or BlockSizes()
+    blocks = BlockSizes(min(blocks.q, q_len), min(blocks.kv, kv_len))
+    q_pad, kv_pad = -q_len % blocks.q, -kv_len % blocks.kv
+
+    masking = _Masking(None, None, None)
+    if causal:
+        start = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1))
+        masking = masking._replace(q_position=start + jnp.arange(q_len + q_pad, dtype=jnp.int32))
+    if q_segment_ids is not None:
+        masking = masking._replace(
+            q_segment=jnp.pad(q_segment_ids, ((0, 0), (0, q_pad))),
+            kv_segment=jnp.pad(kv_segment_ids, ((0, 0), (0, kv_pad))),
+        )
+    pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n)) + ((0, 0),) * (x.ndim - 2)) if n else x  # noqa: E731
+    out = _flash(
+        _Tiling(scale, causal, blocks, kv_len),
+        jnp.transpose(pad(query, q_pad), (0, 2, 3, 1, 4)),
+        jnp.transpose(pad(key, kv_pad), (0, 2, 1, 3)),
+        jnp.transpose(pad(value, kv_pad), (0, 2, 1, 3)),
+        masking,
+    )
+    return jnp.transpose(out, (0, 3, 1, 2, 4))[:, :q_len]
+
+
+# Inside, heads stand before length: query [batch, group, head, q_len, head_dim], key and value
+# [batch, group, kv_len, head_dim], logsumexp [batch, group, head, q_len].
+
+
+def _block(x, index, size, axis):
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _mask(tiling, masking, i, j, padded_kv_len):
+    """Mask of tile (i, j), broadcastable to [batch, group, head, q, kv]; None: all is visible."""
+    kv_index = j * tiling.blocks.kv + jnp.arange(tiling.blocks.kv, dtype=jnp.int32)
+    tests = []
+    if masking.q_position is not None:
+        tests.append(kv_index <= _block(masking.q_position, i, tiling.blocks.q, 1)[:, :, None])
+    if masking.q_segment is not None:
+        q_segment = _block(masking.q_segment, i, tiling.blocks.q, 1)[:, :, None]
+        kv_segment = _block(masking.kv_segment, j, tiling.blocks.kv, 1)[:, None, :]
+        tests.append((q_segment == kv_segment) & (q_segment != 0))
+    if padded_kv_len != tiling.kv_len:
+        tests.append((kv_index < tiling.kv_len)[None, None])
+    return functools.reduce(jnp.logical_and, tests)[:, None, None] if tests else None
+
+
+def _logits(tiling, query, key, mask):
+    logits = tiling.scale * jnp.einsum(
+        "bghqd,bgkd->bghqk", query, key, preferred_element_type=jnp.float32
+    )
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
+
+
+def _probabilities(logits, row, mask):
+    """exp(logits - row), zero where masked: a row that sees nothing must not become uniform."""
+    weights = jnp.exp(logits - row[..., None])
+    return weights if mask is None else jnp.where(mask, weights, 0.0)
+
+
+def _last_kv_block(tiling, masking, i, num_kv):
+    """One past the last block of keys that some row of query block i sees."""
+    if not tiling.causal or num_kv == 1:
+        return num_kv
+    position = jnp.max(_block(masking.q_position, i, tiling.blocks.q, 1))
+    return jnp.clip(position // tiling.blocks.kv + 1, 0, num_kv)
+
+
+def _first_q_block(tiling, masking, j, num_q):
+    """The first block of queries in which some row sees key block j."""
+    if not tiling.causal or num_q == 1:
+        return 0
+    offset = jnp.max(masking.q_position[:, 0])
+    return jnp.clip((j * tiling.blocks.kv - offset) // tiling.blocks.q, 0, num_q)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(tiling, query, key, value, masking):
+    return _flash_forward(tiling, query, key, value, masking)[0]
+
+
+def _flash_forward(tiling, query, key, value, masking):
+    size = tiling.blocks
+    num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
+
+    def row_of_blocks(i):
+        query_i = _block(query, i, size.q, 3)
+
+        def tile(j, carry):
+            acc, row_max, row_sum = carry
+            mask = _mask(tiling, masking, i, j, key.shape[2])
+            logits = _logits(tiling, query_i, _block(key, j, size.kv, 2), mask)
+            new_max = jnp.maximum(row_max, jnp.max(logits, axis=-1))
+            weights = _probabilities(logits, new_max, mask)
+            rescale = jnp.exp(row_max - new_max)
+            value_j = _block(value, j, size.kv, 2)
+            acc = acc * rescale[..., None] + jnp.einsum(
+                "bghqk,bgkd->bghqd",
+                weights.astype(value.dtype),
+                value_j,
+                preferred_element_type=jnp.float32,
+            )
+            return acc, new_max, row_sum * rescale + jnp.sum(weights, axis=-1)
+
+        rows = query_i.shape[:-1]
+        start = (
+            jnp.zeros(query_i.shape, jnp.float32),
+            jnp.full(rows, MASKED, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+        )
+        last = _last_kv_block(tiling, masking, i, num_kv)
+        acc, row_max, row_sum = lax.fori_loop(0, last, tile, start)
+        out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
+        # A row that saw nothing gets a logsumexp that makes every probability of it zero.
+        logsumexp = jnp.where(row_sum > 0, row_max + jnp.log(jnp.maximum(row_sum, 1e-37)), -MASKED)
+        return out.astype(query.dtype), logsumexp
+
+    out, logsumexp = lax.map(row_of_blocks, jnp.arange(num_q))
+    out = jnp.moveaxis(out, 0, 3).reshape(query.shape)
+    logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(query.shape[:-1])
+    return out, (query, key, value, masking, out, logsumexp)
+
+
+def _flash_backward(tiling, residuals, d_out):
+    query, key, value, masking, out, logsumexp = residuals
+    size = tiling.blocks
+    num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
+    # Row sums of probability × its gradient, by the identity sum_k p dp = out · d_out.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+    def column_of_blocks(d_query, j):
+        key_j, value_j = _block(key, j, size.kv, 2), _block(value, j, size.kv, 2)
+
+        def tile(i, carry):
+            d_query, d_key_j, d_value_j = carry
+            query_i, d_out_i = _block(query, i, size.q, 3), _block(d_out, i, size.q, 3)
+            mask = _mask(tiling, masking, i, j, key.shape[2])
+            logits = _logits(tiling, query_i, key_j, mask)
+            weights = _probabilities(logits, _block(logsumexp, i, size.q, 3), mask)
+            d_weights = jnp.einsum(
+                "bghqd,bgkd->bghqk", d_out_i, value_j, preferred_element_type=jnp.float32
+            )
+            d_logits = weights * (d_weights - _block(delta, i, size.q, 3)[..., None])
+            d_logits = (tiling.scale * d_logits).astype(key.dtype)
+            d_value_j += jnp.einsum(
+                "bghqk,bghqd->bgkd",
+                weights.astype(d_out.dtype),
+                d_out_i,
+                preferred_element_type=jnp.float32,
+            )
+            d_key_j += jnp.einsum(
+                "bghqk,bghqd->bgkd", d_logits, query_i, preferred_element_type=jnp.float32
+            )
+            d_query_i = _block(d_query, i, size.q, 3) + jnp.einsum(
+                "bghqk,bgkd->bghqd", d_logits, key_j, preferred_element_type=jnp.float32
+            )
+            d_query = lax.dynamic_update_slice_in_dim(d_query, d_query_i, i * size.q, 3)
+            return d_query, d_key_j, d_value_j
+
+        zeros = jnp.zeros(key_j.shape, jnp.float32)
+        first = _first_q_block(tiling, masking, j, num_q)
+        d_query, d_key_j, d_value_j = lax.fori_loop(first, num_q, tile, (d_query, zeros, zeros))
+        return d_query, (d_key_j.astype(key.dtype), d_value_j.astype(value.dtype))
+
+    d_query, (d_key, d_value) = lax.scan(
+        column_of_blocks, jnp.zeros(query.shape, jnp.float32), jnp.arange(num_kv)
+    )
+    d_key, d_value = (jnp.moveaxis(x, 0, 2).reshape(key.shape) for x in (d_key, d_value))
+    return d_query.astype(query.dtype), d_key, d_value, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+routed_attention = functools.partial(reference.routed_attention, attend=attend)
+dense_attention = functools.partial(reference.dense_attention, attend=attend)
