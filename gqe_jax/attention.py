@@ -44,7 +44,7 @@ class _Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         embed, group, expert = config.embed_dim, config.num_kv_heads, config.experts_per_group
-        head_dim = config.head_dim
+        head_dim = config.resolved_head_dim
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kv_axes = ("embed", "group", None)
         self.config = config
@@ -158,7 +158,7 @@ class GroupedQueryExperts(_Attention):
             for name in shared:
                 module = projection(
                     config.embed_dim,
-                    config.head_dim,
+                    config.resolved_head_dim,
                     ("embed", None),
                     dtype=dtype,
                     param_dtype=param_dtype,

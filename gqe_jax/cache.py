@@ -28,9 +28,9 @@ class KVCache:
         cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype
     ) -> "KVCache":
         """An empty cache for `batch` rows of up to `capacity` tokens."""
-        heads = (batch, capacity, config.num_kv_heads, config.head_dim)
+        heads = (batch, capacity, config.num_kv_heads, config.resolved_head_dim)
         own = config.variant == "gqe" and config.shared_kv == "own"
-        shared = jnp.zeros((batch, capacity, config.head_dim), dtype) if own else None
+        shared = jnp.zeros((batch, capacity, config.resolved_head_dim), dtype) if own else None
         return cls(
             key=jnp.zeros(heads, dtype),
             value=jnp.zeros(heads, dtype),

@@ -142,12 +142,18 @@ class Checkpoints:
         target = _with_sharding(abstract, sharding)
         return self._restore(step, params=ocp.args.StandardRestore(target.params))["params"]
 
-    def check_step(self, step: int) -> None:
-        """Raises CheckpointError, with the steps there are, if this one is not saved."""
+    def resolve(self, step: int | str) -> int:
+        """A saved step, by its number, `latest` or `best`.
+
+        Raises:
+          CheckpointError: there is none; names those there are.
+        """
         steps = sorted(self._manager.all_steps())
-        if step not in steps:
+        found = {"latest": self.latest(), "best": self.best()}.get(step, step)
+        if found not in steps:
             names = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"step is {step}; {self.directory} has {names}")
+        return found
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:

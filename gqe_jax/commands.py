@@ -14,16 +14,22 @@ from gqe_jax.trainer import NonFiniteLossError
 
 
 def parse[Config](
-    default: Config, arguments: Sequence[str], *, prog: str, description: str
+    default: Config | type[Config], arguments: Sequence[str], *, prog: str, description: str
 ) -> Config:
-    """The dataclass `default` with the fields that the arguments name; every field is a flag.
+    """A dataclass from the command line: every field is a flag.
+
+    Args:
+      default: an instance, for the values of the fields that are not named; or the class.
+      arguments: the command line, without the program.
+      prog, description: for the help.
 
     Exits with status 2 and a line on the error stream if a value cannot work.
     """
+    given = not isinstance(default, type)
     try:
         return tyro.cli(
-            type(default),
-            default=default,
+            type(default) if given else default,
+            default=default if given else None,
             args=list(arguments),
             prog=prog,
             description=description,

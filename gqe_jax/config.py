@@ -72,11 +72,11 @@ class AttentionConfig:
                 f"it must be a multiple of num_query_experts ({self.num_query_experts}), "
                 "or head_dim must be given",
             )
-            object.__setattr__(self, "head_dim", self.embed_dim // self.num_query_experts)
+        head_dim = self.resolved_head_dim
         _check(
-            self.head_dim > 0 and self.head_dim % 2 == 0,
+            head_dim > 0 and head_dim % 2 == 0,
             "head_dim",
-            self.head_dim,
+            head_dim,
             "rotary embedding rotates pairs, so it must be even and positive",
         )
         _check(
@@ -93,6 +93,11 @@ class AttentionConfig:
             "so it must be at most that",
         )
         _check(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be >= 0")
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """D: `head_dim`, or embed_dim / num_query_experts where that is None."""
+        return self.embed_dim // self.num_query_experts if self.head_dim is None else self.head_dim
 
     @property
     def experts_per_group(self) -> int:

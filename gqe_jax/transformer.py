@@ -130,7 +130,7 @@ def matmul_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     rotary embedding, softmax and recomputation are left out, as is usual for model FLOPs.
     """
     attention = config.attention
-    embed, head_dim = config.embed_dim, attention.head_dim
+    embed, head_dim = config.embed_dim, attention.resolved_head_dim
     heads = attention.num_query_experts + 2 * attention.num_kv_heads + attention.num_slots
     if attention.variant == "gqe":
         heads += 3 if attention.shared_kv == "own" else 1
