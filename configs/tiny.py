@@ -25,7 +25,7 @@ TINY = RunConfig(
     batch_size=16,
     sequence_length=128,
     log_every=10,
-    eval_every=250,
-    eval_batches=64,
+    eval_every=500,
+    eval_batches=None,
     checkpoint_every=250,
 )

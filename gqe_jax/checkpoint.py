@@ -110,6 +110,11 @@ class Checkpoints:
         Raises:
           ConfigError: names the fields that differ, with both values.
         """
+        if config.steps < step:
+            raise ConfigError(
+                f"steps is {config.steps}; run_dir {config.run_dir} is at step {step} already: "
+                "give at least that, or another run_dir"
+            )
         saved, corpus = self.read_run(step)
         fields = [
             f"{name} is {ours!r}, the checkpoint has {theirs!r}"

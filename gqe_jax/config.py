@@ -316,9 +316,9 @@ class RunConfig:
     eval_every: int = 1000
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     eval_batches: int | None = 64
-    """Batches of held-out text in an evaluation during training; None: all."""
+    """Batches of held-out text in an evaluation, the first ones; None: all."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step, and the best one evaluated, are always saved."""
     keep_checkpoints: int = 3
     """Latest checkpoints that are kept, beside the one with the lowest held-out loss."""
 

@@ -47,7 +47,7 @@ def zclip(
 
     def update(updates, state: ZClipState, params: Any = None):
         del params
-        norm = optax.global_norm(updates).astype(jnp.float32)
+        norm = optax.tree.norm(updates).astype(jnp.float32)
         warming_up = state.count < warmup_steps
 
         warmup_norms = jnp.where(jnp.arange(warmup_steps) == state.count, norm, state.warmup_norms)

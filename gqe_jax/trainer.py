@@ -173,9 +173,11 @@ class _Loop:
         )
         while True:
             last = step == config.steps
+            best = False
             if last or (step and step % config.eval_every == 0):
-                self.evaluate(state, step, limit=None if last else config.eval_batches)
-            if last or self.interrupt or (step and step % config.checkpoint_every == 0):
+                best = self.evaluate(state, step)
+            due = step and step % config.checkpoint_every == 0
+            if last or best or due or self.interrupt:
                 self.save(state, step)
             if last or self.interrupt:
                 break
@@ -223,35 +225,39 @@ class _Loop:
             "lower optimizer.peak_learning_rate or look at these windows"
         )
 
-    def evaluate(self, state: TrainState, step: int, limit: int | None) -> None:
-        """Scores held-out text, unless this step was scored before an interruption."""
+    def evaluate(self, state: TrainState, step: int) -> bool:
+        """Scores held-out text, unless this step was scored before an interruption.
+
+        Returns:
+          Whether no step so far has done better.
+        """
         self.settle()
-        if step in self.eval_loss:
-            return
-        begun = time.perf_counter()
-        result = evaluate(
-            self.steps,
-            state.params,
-            self.corpus.validation,
-            self.config.data,
-            batch_size=self.config.batch_size,
-            sequence_length=self.config.sequence_length,
-            limit=limit,
-            stop=lambda: bool(self.interrupt),
-        )
-        if result is None:
-            return
-        self.eval_loss[step] = result.loss
-        self.telemetry.evaluation(
-            step,
-            {
-                "eval_loss": result.loss,
-                "eval_perplexity": result.perplexity,
-                "eval_bits_per_byte": result.bits_per_byte,
-                "eval_tokens": result.tokens,
-            },
-        )
-        self.telemetry.outside(time.perf_counter() - begun)
+        if step not in self.eval_loss:
+            begun = time.perf_counter()
+            result = evaluate(
+                self.steps,
+                state.params,
+                self.corpus.validation,
+                self.config.data,
+                batch_size=self.config.batch_size,
+                sequence_length=self.config.sequence_length,
+                limit=self.config.eval_batches,
+                stop=lambda: bool(self.interrupt),
+            )
+            if result is None:
+                return False
+            self.eval_loss[step] = result.loss
+            self.telemetry.evaluation(
+                step,
+                {
+                    "eval_loss": result.loss,
+                    "eval_perplexity": result.perplexity,
+                    "eval_bits_per_byte": result.bits_per_byte,
+                    "eval_tokens": result.tokens,
+                },
+            )
+            self.telemetry.outside(time.perf_counter() - begun)
+        return self.eval_loss[step] <= min(self.eval_loss.values())
 
     def save(self, state: TrainState, step: int) -> None:
         """Checkpoints the state, which is known to be finite."""

@@ -102,10 +102,22 @@ def rotate(xp: ModuleType, x, positions, theta):
     )
 
 
-def layer(xp: ModuleType, config, params, x, segment_ids=None):
+def router(xp: ModuleType, params, x):
+    """Probabilities [B, T, G, M]: softmax inside each group, before selection."""
+    logits = xp.einsum("btd,dgm->btgm", x, params["router"])
+    exp = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+    return exp / xp.sum(exp, axis=-1, keepdims=True)
+
+
+def select(params, x, k):
+    """The k most probable experts of each group; ties go to the lower index."""
+    return np.argsort(-router(np, params, x), axis=-1, kind="stable")[..., :k]
+
+
+def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
     """The whole layer [B, T, d] → ([B, T, d], load-balancing loss), all four variants.
 
-    `params` maps design.md's names to float64 arrays.
+    `params` maps design.md's names to float64 arrays; `index` is `select`'s.
     """
     batch, length, _ = x.shape
     groups, experts, k = config.num_kv_heads, config.experts_per_group, config.top_k
@@ -134,11 +146,7 @@ def layer(xp: ModuleType, config, params, x, segment_ids=None):
         slots = dense_attention(xp, q, key, value, **segments)
         return xp.einsum("btsd,sde->bte", slots, params["out"]), 0.0
 
-    logits = xp.einsum("btd,dgm->btgm", x, params["router"])
-    exp = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
-    p = exp / xp.sum(exp, axis=-1, keepdims=True)
-    known = np.asarray(jax.lax.stop_gradient(p))
-    index = np.argsort(-known, axis=-1, kind="stable")[..., :k]  # ties to the lower index
+    p = router(xp, params, x)
     selected = xp.take_along_axis(p, index, axis=-1)
 
     extra = {}

@@ -11,33 +11,22 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import multiprocessing
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-import numpy as np
 import tqdm
 import tyro
 
-from gqe_jax.data.corpus import (
-    SPLITS,
-    DataError,
-    Manifest,
-    ShardInfo,
-    SplitInfo,
-    token_dtype,
-    write_manifest,
-    written_whole,
-)
+from gqe_jax.data.corpus import DataError, Manifest, SplitInfo, write_manifest, written_whole
 from gqe_jax.data.documents import read_documents
-from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from gqe_jax.data.shards import make_manifest, merge_splits, write_documents
+from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
 
 _TASK_BYTES = 64 << 20  # small input files are taken together up to here
-_ENCODE_BYTES = 1 << 20  # text handed to the tokenizer at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,113 +59,6 @@ class PrepareConfig:
         for field in ("shard_tokens", "processes"):
             if getattr(self, field) < 1:
                 raise DataError(f"{field} is {getattr(self, field)}; it must be positive")
-
-
-class ShardWriter:
-    """Writes one split's tokens to files of at most `shard_tokens` tokens."""
-
-    def __init__(self, directory: pathlib.Path, prefix: str, dtype: np.dtype, shard_tokens: int):
-        self._directory, self._prefix = directory, prefix
-        self._dtype, self._shard_tokens = dtype, shard_tokens
-        self._file, self._hash, self._room = None, None, 0
-        self._shards: list[ShardInfo] = []
-        self._documents = self._bytes = 0
-        self._max_token = 0
-
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Appends a document; its last token is the end of it."""
-        self._documents += 1
-        self._bytes += num_bytes
-        self._max_token = max(self._max_token, int(tokens.max()))
-        tokens = tokens.astype(self._dtype)
-        while len(tokens):
-            if self._room == 0:
-                self._finish_shard()
-                name = f"{self._prefix}-{len(self._shards):03d}.bin"
-                self._file, self._hash = (self._directory / name).open("xb"), hashlib.sha256()
-                self._room = self._shard_tokens
-            piece, tokens = tokens[: self._room], tokens[self._room :]
-            self._file.write(piece.tobytes())
-            self._hash.update(piece.tobytes())
-            self._room -= len(piece)
-
-    def _finish_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        name = pathlib.Path(self._file.name).name
-        self._file.close()
-        count = self._shard_tokens - self._room
-        self._shards.append(ShardInfo(name, count, self._hash.hexdigest()))
-        self._file = None
-
-    def close(self) -> SplitInfo:
-        """Ends the last shard; what was written."""
-        self._finish_shard()
-        tokens = sum(shard.num_tokens for shard in self._shards)
-        return SplitInfo(tokens, self._documents, self._bytes, self._max_token, tuple(self._shards))
-
-
-def write_documents(
-    directory: pathlib.Path,
-    name: str,
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-) -> dict[str, SplitInfo]:
-    """Tokenises (split, text) pairs into shards `SPLIT-NAME-NNN.bin` of `directory`."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {
-        split: ShardWriter(directory, f"{split}-{name}", dtype, shard_tokens) for split in SPLITS
-    }
-    end = np.array([tokenizer.end_of_document], dtype)
-    for part in _parts(documents):
-        encoded = tokenizer.encode_batch([text for _, text in part])
-        for (split, text), tokens in zip(part, encoded, strict=True):
-            tokens = np.concatenate([tokens, end], dtype=dtype, casting="same_kind")
-            writers[split].add(tokens, len(text.encode()))
-    return {split: writer.close() for split, writer in writers.items()}
-
-
-def _parts(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    part, size = [], 0
-    for document in documents:
-        part.append(document)
-        size += len(document[1])
-        if size >= _ENCODE_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def merge_splits(parts: list[dict[str, SplitInfo]]) -> dict[str, SplitInfo]:
-    """The splits of a corpus from those of its tasks, in their order."""
-    merged = {}
-    for split in SPLITS:
-        infos = [part[split] for part in parts]
-        merged[split] = SplitInfo(
-            num_tokens=sum(info.num_tokens for info in infos),
-            num_documents=sum(info.num_documents for info in infos),
-            num_bytes=sum(info.num_bytes for info in infos),
-            max_token=max(info.max_token for info in infos),
-            shards=tuple(itertools.chain(*(info.shards for info in infos))),
-        )
-    return merged
-
-
-def make_manifest(
-    tokenizer_name: str, tokenizer: Tokenizer, splits: dict[str, SplitInfo]
-) -> Manifest:
-    """The manifest of a corpus."""
-    return Manifest(
-        tokenizer=BYTE if tokenizer_name == BYTE else TOKENIZER_FILE,
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        dtype=token_dtype(tokenizer.vocab_size).str,
-        splits=splits,
-    )
 
 
 def choose_split(text: str, validation_fraction: float) -> str:

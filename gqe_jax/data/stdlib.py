@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from gqe_jax.data.corpus import Corpus, DataError, write_manifest, written_whole
-from gqe_jax.data.prepare import make_manifest, write_documents
+from gqe_jax.data.shards import make_manifest, write_documents
 from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
 
 STDLIB = "stdlib"

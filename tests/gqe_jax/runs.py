@@ -1,0 +1,118 @@
+"""Small training runs for the tests: 30,000 bytes of text and a model of a few thousand weights."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from gqe_jax.checkpoint import Checkpoints
+from gqe_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from gqe_jax.data.prepare import PrepareConfig, prepare
+from gqe_jax.sharding import make_mesh
+from gqe_jax.telemetry import read_metrics
+from gqe_jax.training import make_steps
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def make_corpus(directory: pathlib.Path) -> pathlib.Path:
+    """Sentences of a small grammar: about 30,000 bytes."""
+    rng = random.Random(0)
+    words = ["the", "a", "query", "expert", "group", "head", "key", "value", "routes", "reads"]
+    source = directory / "texts.jsonl"
+    with source.open("w") as file:
+        for i in range(400):
+            text = " ".join(rng.choices(words, k=rng.randint(6, 18))) + f" {i}.\n"
+            file.write(json.dumps({"text": text}) + "\n")
+    corpus = directory / "corpus"
+    prepare(
+        PrepareConfig((str(source),), corpus, validation_fraction=0.1, processes=1), progress=False
+    )
+    return corpus
+
+
+def small_config(corpus: pathlib.Path, run_dir: pathlib.Path, **changes) -> RunConfig:
+    """A run of 30 steps that takes seconds."""
+    config = RunConfig(
+        model=ModelConfig(
+            attention=AttentionConfig(embed_dim=32, num_query_experts=4, num_kv_heads=2),
+            num_layers=2,
+            mlp_dim=48,
+            vocab_size=256,
+            dtype="float32",
+        ),
+        data=DataConfig(corpus=str(corpus), read_threads=1, prefetch=2),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-2, zclip_warmup_steps=5),
+        mesh=MeshConfig(data=1, tensor=-1) if len(jax.devices()) == 1 else MeshConfig(),
+        run_dir=str(run_dir),
+        steps=30,
+        batch_size=8,
+        sequence_length=32,
+        log_every=1,
+        eval_every=10,
+        eval_batches=2,
+        checkpoint_every=7,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
+    """The same run by `train.py`, on one device, in a process of its own."""
+    attention, model = config.model.attention, config.model
+    flags = {
+        "run-dir": config.run_dir,
+        "steps": config.steps,
+        "batch-size": config.batch_size,
+        "sequence-length": config.sequence_length,
+        "log-every": config.log_every,
+        "eval-every": config.eval_every,
+        "eval-batches": config.eval_batches,
+        "checkpoint-every": config.checkpoint_every,
+        "model.num-layers": model.num_layers,
+        "model.mlp-dim": model.mlp_dim,
+        "model.attention.embed-dim": attention.embed_dim,
+        "model.attention.num-query-experts": attention.num_query_experts,
+        "model.attention.num-kv-heads": attention.num_kv_heads,
+        "data.corpus": config.data.corpus,
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", "tiny", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def comparable_metrics(run_dir) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = read_metrics(run_dir)
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def saved_state(config: RunConfig, step: int | None = None) -> list[np.ndarray]:
+    """Every array of a checkpoint, by default the latest."""
+    with Checkpoints(config.run_dir, read_only=True) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        saved, _ = checkpoints.read_run(step)
+        one = dataclasses.replace(saved, mesh=MeshConfig(data=1))
+        steps = make_steps(one, make_mesh(one.mesh, jax.devices()[:1]))
+        state = checkpoints.restore(step, steps.abstract_state, steps.state_sharding)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

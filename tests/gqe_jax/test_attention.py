@@ -1,0 +1,199 @@
+"""The layers against the float64 oracle, and through the cache."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gqe_jax import AttentionConfig, ConfigError, KVCache
+from gqe_jax.attention import make_attention
+from tests import oracle
+from tests.gqe_kernels.contract import assert_close
+
+VARIANTS = ("gqe", "hard_concat", "weighted_concat", "gqa")
+BATCH, LENGTH, EMBED = 2, 12, 16
+
+
+def make_config(variant="gqe", top_k=1, experts_per_group=2, **kwargs):
+    return AttentionConfig(
+        variant=variant,
+        embed_dim=EMBED,
+        num_query_experts=2 * experts_per_group,
+        num_kv_heads=2,
+        top_k=top_k,
+        head_dim=4,
+        router_init_std=0.5,
+        **kwargs,
+    )
+
+
+def make_layer(config, **kwargs):
+    """The layer, its parameters by name, and an input."""
+    layer = make_attention(config, rngs=nnx.Rngs(0), **kwargs)
+    _, params = nnx.split(layer)
+    named = {name: value["kernel"][...] for name, value in params.items()}
+    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, EMBED))
+    return layer, named, x
+
+
+SEGMENTS = np.array([[1] * 5 + [2] * 7, [1] * 3 + [2] * 4 + [0] * 5], np.int32)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize(("top_k", "experts"), list(itertools.product((1, 2), (2, 4))))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layer_equals_the_oracle(variant, top_k, experts, segments):
+    check_layer(make_config(variant, top_k, experts), segments)
+
+
+@pytest.mark.parametrize("shared_kv", ["group_0", "own"])
+def test_sources_of_the_shared_head_equal_the_oracle(shared_kv):
+    check_layer(make_config(shared_kv=shared_kv), SEGMENTS)
+
+
+def check_layer(config, segments):
+    layer, named, x = make_layer(config)
+    graphdef, params = nnx.split(layer)
+    cotangent = np.random.default_rng(5).standard_normal(x.shape)
+
+    def oracle_loss(xp, named, x):
+        y, balance = oracle.layer(xp, config, named, x, index, segments)
+        return xp.sum(y * cotangent) + 0.3 * balance
+
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (named, x))
+    index = None if config.variant == "gqa" else oracle.select(*exact, config.top_k)
+    expected, balance = oracle.layer(np, config, *exact, index, segments)
+    expected_grads = oracle.gradients(oracle_loss, exact)
+
+    @jax.jit
+    def loss(params, x):
+        y, aux, _ = nnx.merge(graphdef, params)(x, segment_ids=segments)
+        return jnp.sum(y * cotangent) + 0.3 * aux.load_balancing_loss, (y, aux)
+
+    grads, (y, aux) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    assert_close(y, expected, 1e-5, "output")
+    assert float(aux.load_balancing_loss) == pytest.approx(balance, abs=1e-6)
+    for name, grad in expected_grads[0].items():
+        assert_close(grads[0][name]["kernel"][...], grad, 1e-4, f"gradient of {name}")
+    assert_close(grads[1], expected_grads[1], 1e-4, "gradient of x")
+
+
+@pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat"])
+def test_only_the_weighted_paths_let_the_loss_reach_the_router(variant):
+    layer, _, x = make_layer(make_config(variant))
+    graphdef, params = nnx.split(layer)
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x)[0] ** 2))(params)
+    reached = np.abs(np.asarray(grads["router"]["kernel"][...])).max()
+    if variant == "hard_concat":
+        assert reached == 0.0
+    else:
+        assert reached > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("variant", "shared_kv"),
+    [
+        ("gqe", "mean"),
+        ("gqe", "group_0"),
+        ("gqe", "own"),
+        ("weighted_concat", "mean"),
+        ("gqa", "mean"),
+    ],
+)
+def test_prefill_then_decode_equals_the_full_forward(variant, shared_kv):
+    """For prompts split at every position."""
+    config = make_config(variant, shared_kv=shared_kv)
+    layer, _, x = make_layer(config)
+    x = x[:, :8]
+    full, _, _ = layer(x)
+    run = nnx.jit(lambda layer, x, cache: layer(x, cache=cache))
+    for split in range(1, 8):
+        cache = KVCache.create(config, BATCH, 8, jnp.float32)
+        start, _, cache = run(layer, x[:, :split], cache)
+        assert_close(start, full[:, :split], 1e-5, f"prefill of {split}")
+        step, _, cache = run(layer, x[:, split : split + 1], cache)
+        assert_close(step, full[:, split : split + 1], 1e-5, f"token {split}")
+        np.testing.assert_array_equal(cache.length, split + 1)
+
+
+def test_rows_of_different_lengths_share_a_cache():
+    config = make_config()
+    layer, _, x = make_layer(config)
+    full, _, _ = layer(x)
+    lengths = np.array([7, 4])
+    mask = np.arange(8) < lengths[:, None]
+    cache = KVCache.create(config, BATCH, LENGTH, jnp.float32)
+    start, _, cache = layer(x[:, :8], cache=cache, mask=mask)
+    for row, length in enumerate(lengths):
+        assert_close(start[row, :length], full[row, :length], 1e-5, "prefill")
+    np.testing.assert_array_equal(cache.length, lengths)
+    step, _, _ = layer(jnp.stack([x[0, 7:8], x[1, 4:5]]), cache=cache)
+    assert_close(step, jnp.stack([full[0, 7:8], full[1, 4:5]]), 1e-5, "decode")
+
+
+def test_the_cache_refuses_more_tokens_than_it_can_hold():
+    config = make_config()
+    layer, _, x = make_layer(config)
+    with pytest.raises(ValueError, match="capacity is 8 and 12 tokens"):
+        layer(x, cache=KVCache.create(config, BATCH, 8, jnp.float32))
+
+
+def test_padding_changes_nothing_and_stays_out_of_the_statistics():
+    layer, _, x = make_layer(make_config())
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [5]])
+    y, aux, _ = layer(x, mask=mask)
+    noisy, noisy_aux, _ = layer(jnp.where(mask[..., None], x, 100.0), mask=mask)
+    np.testing.assert_array_equal(y[mask], noisy[mask])
+    np.testing.assert_array_equal(y[~mask], 0.0)
+    assert float(aux.load_balancing_loss) == float(noisy_aux.load_balancing_loss)
+    np.testing.assert_allclose(aux.expert_load.sum(axis=-1), 1.0, rtol=1e-6)
+
+
+def test_bfloat16_computes_in_bfloat16_but_routes_in_float32():
+    config = make_config()
+    layer, _, x = make_layer(config, dtype=jnp.bfloat16)
+    y, aux, _ = layer(x.astype(jnp.bfloat16), return_routing=True)
+    assert y.dtype == jnp.bfloat16
+    assert aux.router_probs.dtype == jnp.float32
+    exact, _, _ = make_layer(config)[0](x)
+    assert_close(y.astype(jnp.float32), exact, 3e-2, "output")
+
+
+def test_zero_router_sends_every_token_to_expert_0():
+    layer, _, x = make_layer(
+        AttentionConfig(embed_dim=EMBED, num_query_experts=4, num_kv_heads=2, router_init_std=0.0)
+    )
+    _, aux, _ = layer(x, return_routing=True)
+    assert not np.asarray(aux.expert_index).any()
+
+
+def test_aux_has_the_routing_only_when_asked():
+    layer, _, x = make_layer(make_config())
+    assert layer(x)[1].router_probs is None
+    assert layer(x, return_routing=True)[1].expert_index.shape == (BATCH, LENGTH, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": jnp.zeros((2, 12, 8))}, r"x has shape \(2, 12, 8\).*embed_dim \(16\)"),
+        ({"positions": jnp.zeros((2, 3), "int32")}, r"positions has shape \(2, 3\)"),
+        ({"mask": jnp.zeros((2, 3), bool)}, r"mask has shape \(2, 3\)"),
+    ],
+)
+def test_bad_shapes_are_named(arguments, message):
+    layer, _, x = make_layer(make_config())
+    with pytest.raises(ValueError, match=message):
+        layer(**{"x": x, **arguments})
+
+
+def test_the_wrong_variant_is_refused():
+    from gqe_jax import GroupedQueryAttention, GroupedQueryExperts
+
+    with pytest.raises(ConfigError, match="GroupedQueryAttention for the dense"):
+        GroupedQueryExperts(make_config("gqa"), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="GroupedQueryExperts for the routed"):
+        GroupedQueryAttention(make_config("gqe"), rngs=nnx.Rngs(0))

@@ -1,0 +1,56 @@
+"""Chunked cross-entropy against the whole, and the router's losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqe_jax.attention import AttentionAux
+from gqe_jax.config import OptimizerConfig
+from gqe_jax.loss import chunked_cross_entropy, router_loss
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 11, 512])
+def test_chunks_add_up_to_the_whole(chunk):
+    rng = np.random.default_rng(0)
+    hidden, table = rng.standard_normal((2, 11, 8)), rng.standard_normal((17, 8))
+    targets = rng.integers(0, 17, (2, 11))
+    weights = (rng.random((2, 11)) > 0.3).astype(np.float64)
+    logits = hidden @ table.T
+    logsumexp = np.log(np.exp(logits).sum(axis=-1))
+    at_target = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+    def sums(hidden, table):
+        return chunked_cross_entropy(hidden, table, targets, jnp.asarray(weights), chunk=chunk)
+
+    nats, squares = sums(jnp.float32(hidden), jnp.float32(table))
+    assert float(nats) == pytest.approx(np.sum(weights * (logsumexp - at_target)), rel=1e-5)
+    assert float(squares) == pytest.approx(np.sum(weights * logsumexp**2), rel=1e-5)
+
+    probs = np.exp(logits - logsumexp[..., None])
+    d_logits = weights[..., None] * (probs - np.eye(17)[targets])
+    grads = jax.grad(lambda *a: sums(*a)[0], argnums=(0, 1))(
+        jnp.float32(hidden), jnp.float32(table)
+    )
+    np.testing.assert_allclose(grads[0], d_logits @ table, atol=1e-4)
+    np.testing.assert_allclose(grads[1], np.einsum("btv,bte->ve", d_logits, hidden), atol=1e-4)
+
+
+def test_the_logits_of_the_whole_batch_never_exist():
+    batch, length, embed, vocab = 4, 4096, 64, 32000
+    shapes = [
+        jax.ShapeDtypeStruct((batch, length, embed), jnp.bfloat16),
+        jax.ShapeDtypeStruct((vocab, embed), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    ]
+    grad = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a)[0], argnums=(0, 1)))
+    peak = grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert peak < batch * length * vocab * 4 / 2
+
+
+def test_router_losses_are_summed_over_layers_with_their_weights():
+    layers = jnp.array([1.0, 2.0, 4.0])
+    aux = AttentionAux(layers, 10 * layers, jnp.zeros((3, 1, 2)), jnp.zeros((3, 1)))
+    config = OptimizerConfig(load_balancing_weight=0.01, router_z_loss_weight=0.001)
+    assert float(router_loss(aux, config)) == pytest.approx(0.07 + 0.07)

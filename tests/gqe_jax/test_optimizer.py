@@ -1,0 +1,110 @@
+"""AdamW, the schedule and ZClip against plain Python from their papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gqe_jax import ModelConfig, Transformer
+from gqe_jax.config import AttentionConfig, OptimizerConfig
+from gqe_jax.optimizer import decay_mask, gradient_norms, make_optimizer, warmup_stable_decay, zclip
+
+
+def zclip_in_python(norms, alpha=0.97, threshold=2.5, warmup=25, cap=1.0):
+    """arXiv 2504.02507 as paper.md puts it: the norms that pass, in order."""
+    collected, passed, mean, variance = [], [], None, None
+    for norm in norms:
+        if len(collected) < warmup:
+            collected.append(norm)
+            passed.append(min(norm, cap))
+            if len(collected) == warmup:
+                mean, variance = np.mean(collected), np.var(collected)
+            continue
+        std = np.sqrt(variance)
+        z = (norm - mean) / (std + 1e-6)
+        target = mean + threshold * std / (z / threshold) if z > threshold else norm
+        passed.append(min(target, cap))
+        mean = alpha * mean + (1 - alpha) * target
+        variance = alpha * variance + (1 - alpha) * (target - mean) ** 2
+    return passed
+
+
+@pytest.mark.parametrize("scale", [0.5, 5.0], ids=["below the cap", "above the cap"])
+def test_zclip_follows_its_paper(scale):
+    rng = np.random.default_rng(0)
+    norms = scale * (1 + 0.1 * rng.standard_normal(80))
+    norms[[30, 31, 55]] *= [8.0, 3.0, 20.0]
+    expected = zclip_in_python(norms)
+    clip = zclip()
+    update = jax.jit(clip.update)
+    state = clip.init(None)
+    for norm, passed in zip(norms, expected, strict=True):
+        gradient = {"a": jnp.array([0.6 * norm, 0.0]), "b": jnp.array([[0.8 * norm]])}
+        clipped, state = update(gradient, state)
+        assert float(optax.tree.norm(clipped)) == pytest.approx(passed, rel=2e-4)
+        assert float(state.norm) == pytest.approx(norm, rel=1e-5)
+        assert float(state.clipped_norm) == pytest.approx(passed, rel=2e-4)
+        np.testing.assert_allclose(clipped["a"][0] / clipped["b"][0, 0], 0.75, rtol=1e-5)
+
+
+def test_a_spike_hardly_moves_the_running_mean():
+    clip = zclip(warmup_steps=4)
+    state = clip.init(None)
+    for norm in (0.4, 0.5, 0.6, 0.5, 100.0):
+        _, state = clip.update({"a": jnp.array([norm])}, state)
+    assert float(state.mean) < 0.52
+
+
+def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
+    config = OptimizerConfig(peak_learning_rate=5e-4, final_learning_rate=1e-5)
+    schedule = warmup_stable_decay(config, 100)
+    rates = [float(schedule(step)) for step in range(100)]
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(2.5e-4)
+    np.testing.assert_allclose(rates[10:80], 5e-4, rtol=1e-6)
+    assert rates[79] == pytest.approx(5e-4)
+    np.testing.assert_allclose(np.diff(rates[79:]), (1e-5 - 5e-4) / 20, rtol=1e-3)
+    assert rates[99] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_schedule_of_a_very_short_run_is_finite(steps):
+    schedule = warmup_stable_decay(OptimizerConfig(), steps)
+    assert all(np.isfinite(float(schedule(step))) for step in range(steps))
+
+
+def test_adamw_follows_its_formula():
+    config = OptimizerConfig(zclip=False, clip_cap=1e9, warmup_fraction=0.0, decay_fraction=0.0)
+    optimizer = make_optimizer(config, 10)
+    params = {"kernel": jnp.array([1.0, -2.0]), "scale": jnp.array([3.0])}
+    state = optimizer.init(params)
+    rng = np.random.default_rng(0)
+    expected = {name: np.asarray(p, np.float64) for name, p in params.items()}
+    first = {name: np.zeros_like(p) for name, p in expected.items()}
+    second = {name: np.zeros_like(p) for name, p in expected.items()}
+    for step in range(1, 6):
+        grads = {name: rng.standard_normal(p.shape) for name, p in expected.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+        params = optax.apply_updates(params, updates)
+        for name, g in grads.items():
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            adam = first[name] / (1 - 0.9**step)
+            adam = adam / (np.sqrt(second[name] / (1 - 0.95**step)) + 1e-7)
+            decay = 0.1 * expected[name] if name == "kernel" else 0.0
+            expected[name] = expected[name] - 5e-4 * (adam + decay)
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-5, err_msg=name)
+    assert float(gradient_norms(state)[0]) == pytest.approx(
+        np.sqrt(sum(np.sum(g**2) for g in grads.values())), rel=1e-5
+    )
+
+
+def test_only_the_norms_are_spared_the_decay():
+    attention = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2)
+    config = ModelConfig(attention=attention, num_layers=2, mlp_dim=16, vocab_size=16)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    mask = nnx.to_flat_state(decay_mask(nnx.state(model, nnx.Param)))
+    spared = {"/".join(map(str, path)) for path, value in mask if not value.get_value()}
+    assert spared == {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}

@@ -1,0 +1,130 @@
+"""The train step: the same numbers on every mesh and with every accumulation."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gqe_jax.config import (
+    AttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from gqe_jax.sharding import batch_sharding, global_batch, make_mesh
+from gqe_jax.training import Batch, make_steps
+
+CONFIG = RunConfig(
+    model=ModelConfig(
+        attention=AttentionConfig(embed_dim=32, num_query_experts=8, num_kv_heads=4),
+        num_layers=2,
+        mlp_dim=64,
+        vocab_size=64,
+        dtype="float32",
+    ),
+    optimizer=OptimizerConfig(peak_learning_rate=3e-3, router_z_loss_weight=1e-3),
+    steps=20,
+    batch_size=16,
+    sequence_length=24,
+)
+
+
+def make_batch(step: int, segments: bool = False) -> Batch:
+    """A small grammar, so that there is something to learn; the last row is half padding."""
+    rng = np.random.default_rng(step)
+    tokens = np.cumsum(rng.integers(1, 4, (16, 25)), axis=1, dtype=np.int32) % 64
+    weights = np.ones((16, 24), np.float32)
+    weights[-1, 12:] = 0.0
+    ids = np.where(weights > 0, 1 + (np.arange(24) >= 9), 0).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, ids if segments else None)
+
+
+def losses(config: RunConfig, devices: int, segments: bool = False) -> list[float]:
+    """Of 20 steps on the first `devices` devices."""
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    steps = make_steps(config, mesh)
+    state, values = steps.init(), []
+    for step in range(config.steps):
+        batch = global_batch(batch_sharding(mesh), 16, make_batch(step, segments))
+        state, metrics = steps.train_step(state, batch)
+        values.append(float(metrics["loss"]))
+    assert int(state.step) == config.steps
+    return values
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return losses(CONFIG, 1)
+
+
+def test_the_model_learns(on_one_device):
+    assert on_one_device[-1] < on_one_device[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [
+        (2, MeshConfig(data=2)),
+        (2, MeshConfig(data=1, fsdp=2)),
+        (2, MeshConfig(data=1, tensor=2)),
+        (4, MeshConfig(data=2, fsdp=2)),
+        (4, MeshConfig(data=1, tensor=4)),
+        (8, MeshConfig(data=8)),
+        (8, MeshConfig(data=1, fsdp=8)),
+        (8, MeshConfig(data=2, fsdp=2, tensor=2)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else str(value.sizes),
+)
+def test_every_mesh_gives_the_same_losses(devices, mesh, on_one_device):
+    values = losses(dataclasses.replace(CONFIG, mesh=mesh), devices)
+    np.testing.assert_allclose(values, on_one_device, atol=1e-4)
+
+
+def test_segments_on_a_mixed_mesh():
+    mixed = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_allclose(
+        losses(mixed, 8, segments=True), losses(CONFIG, 1, segments=True), atol=1e-4
+    )
+
+
+def test_accumulation_counts_every_token_alike(on_one_device):
+    """Without the router's losses, which are per part, the parts add up to the whole."""
+    optimizer = dataclasses.replace(
+        CONFIG.optimizer, load_balancing_weight=0.0, router_z_loss_weight=0.0
+    )
+    whole = dataclasses.replace(CONFIG, optimizer=optimizer)
+    parts = dataclasses.replace(whole, accumulation_steps=4, mesh=MeshConfig(data=2, fsdp=2))
+    np.testing.assert_allclose(losses(parts, 4), losses(whole, 1), atol=1e-4)
+
+
+def test_losses_and_gradient_equal_the_definition():
+    """loss = cross-entropy + 0.01 · aux, from the logits of the whole batch."""
+    steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+    state = steps.init()
+    batch = make_batch(0)
+    model = nnx.merge(steps.graphdef, jax.device_get(state.params))
+    hidden, aux, _ = model(batch.inputs)
+    logits = np.asarray(model.logits(hidden), np.float64)
+    nats = (
+        np.log(np.exp(logits).sum(-1))
+        - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+    )
+    expected = np.sum(nats * batch.weights) / np.sum(batch.weights)
+    balance = float(np.sum(aux.load_balancing_loss))
+
+    _, metrics = steps.train_step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["aux_loss"]) == pytest.approx(balance, rel=1e-5)
+    assert metrics["expert_load"].shape == (2, 4, 2)
+
+
+def test_eval_step_sums_nats_and_tokens():
+    steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+    state = steps.init()
+    nats, tokens = steps.eval_step(state.params, make_batch(0))
+    _, metrics = steps.train_step(state, make_batch(0))
+    assert float(tokens) == 16 * 24 - 12
+    assert float(nats / tokens) == pytest.approx(float(metrics["loss"]), rel=1e-5)
