@@ -120,7 +120,8 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
             telemetry.say(_describe(config, corpus, steps, start))
             loop = _Loop(config, corpus, steps, checkpoints, telemetry, interrupt)
             state = loop.run(state, start)
-        report.draw(config.run_dir)
+        if int(state.step) == config.steps:
+            report.draw(config.run_dir)
     return state
 
 

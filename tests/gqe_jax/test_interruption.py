@@ -33,14 +33,24 @@ def undisturbed(corpus, tmp_path_factory):
     return config
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_run_is_bit_identical_after_a_restart(corpus, undisturbed, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGKILL, random.randint(2, 25)),
+        (signal.SIGTERM, random.randint(2, 25)),
+        (signal.SIGTERM, 0),  # while the first step compiles
+    ],
+    ids=["SIGKILL at random", "SIGTERM at random", "SIGTERM before the first step"],
+)
+def test_interrupted_run_is_bit_identical_after_a_restart(
+    corpus, undisturbed, tmp_path, number, moment
+):
     config = small_config(corpus, tmp_path)
     process = start_training(config)
-    moment = random.randint(2, 25)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if any(line["step"] >= moment for line in read_metrics(tmp_path)):
+        steps = [line["step"] for line in read_metrics(tmp_path)]
+        if (tmp_path / "config.json").exists() and max(steps, default=0) >= moment:
             process.send_signal(number)
             break
         time.sleep(0.002)

@@ -1,0 +1,38 @@
+"""The README's and the docstrings' examples run as printed."""
+
+import doctest
+import importlib
+import pathlib
+import re
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["nnx", "linen"])
+def test_examples_run(example):
+    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("module", ["gqe_jax.attention", "gqe_jax.linen", "gqe_kernels.api"])
+def test_docstrings_run(module):
+    failed, attempted = doctest.testmod(importlib.import_module(module))
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_the_two_commands_install_and_then_train_or_test():
+    commands = re.findall(r"^pip install -r requirements.txt && .*$", README, re.MULTILINE)
+    assert [command.split(" && ")[1] for command in commands] == [
+        "python train.py",
+        "python -m pytest",
+    ]
+
+
+def test_the_map_names_what_is_there():
+    tree = README.split("## Map")[1]
+    for name in re.findall(r"\b[a-z_/]+\.py\b|\b[a-z_]+/(?= )", tree):
+        assert list(REPOSITORY.rglob(name.rstrip("/"))), name
