@@ -15,7 +15,7 @@ from gqe_jax import routing
 from gqe_jax.cache import KVCache
 from gqe_jax.config import AttentionConfig, ConfigError
 from gqe_jax.layers import projection, rotary
-from gqe_kernels import dense_attention, routed_attention
+from gqe_jax.sharded_attention import sharded_dense_attention, sharded_routed_attention
 
 
 @jax.tree_util.register_dataclass
@@ -217,15 +217,15 @@ class GroupedQueryExperts(_Attention):
         key, value, shared_key, shared_value = keys
         if config.variant == "gqe" and config.shared_kv == "group_0":
             shared_key, shared_value = key[:, :, 0], value[:, :, 0]
-        slots = routed_attention(  # steps 4, 5
-            query,
-            key,
-            value,
-            expert_index,
-            routing.slot_weights(selected) if config.variant == "gqe" else None,
-            shared_query,
-            shared_key,
-            shared_value,
+        slots = sharded_routed_attention(  # steps 4, 5
+            query=query,
+            key=key,
+            value=value,
+            expert_index=expert_index,
+            slot_weight=routing.slot_weights(selected) if config.variant == "gqe" else None,
+            shared_query=shared_query,
+            shared_key=shared_key,
+            shared_value=shared_value,
             implementation=self.implementation,
             **masking,
         )
@@ -287,7 +287,9 @@ class GroupedQueryAttention(_Attention):
         new_cache, (key, value, _, _), masking = self._keys_and_masking(
             cache, segment_ids, key, self.value(x), None, None
         )
-        slots = dense_attention(query, key, value, implementation=self.implementation, **masking)
+        slots = sharded_dense_attention(
+            query=query, key=key, value=value, implementation=self.implementation, **masking
+        )
         zero = jnp.zeros((), jnp.float32)
         group = self.config.num_kv_heads
         aux = AttentionAux(zero, zero, jnp.zeros((group, 0)), jnp.zeros(group))
