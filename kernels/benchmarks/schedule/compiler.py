@@ -1,0 +1,138 @@
+"""Compiles a kernel for a chip in a process of its own, and reads the schedule that libtpu dumps.
+
+libtpu takes its dump flags from the environment when it is loaded, once, so every compile needs a
+fresh process.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError, read_dump, regions
+from kernels.benchmarks.schedule.chips import chip
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+class CompileError(RuntimeError):
+    """The TPU compiler refused the kernel."""
+
+
+def schedule(
+    case: str, chip_name: str, options: dict, *, labels: bool = True, timeout: float = 1800
+) -> list[tuple[Program, Region]]:
+    """The scheduled instructions of a case, each with its tree of regions.
+
+    Args:
+      case: "module:function"; the function takes `options` and returns an object with `function`
+        and `arguments` (`jax.ShapeDtypeStruct`s).
+      labels: compile a second time with traces, from which the regions take the names of the
+        `jax.named_scope`s inside the kernel and of the functions under `pl.when`. The figures are
+        those of the compile without traces.
+
+    Raises:
+      CompileError: the compiler refused the kernel, for want of VMEM for instance.
+      ScheduleError: the dump cannot be read.
+    """
+    programs = _compile(case, chip_name, options, False, timeout)
+    slots = chip(chip_name).delay_slots
+    trees = [regions(program, slots) for program in programs]
+    if labels:
+        traced = {p.name: p for p in _compile(case, chip_name, options, True, timeout)}
+        for program, tree in zip(programs, trees, strict=True):
+            if program.opcode == "custom-call" and program.name in traced:
+                _take_labels(tree, regions(traced[program.name], slots))
+    return list(zip(programs, trees, strict=True))
+
+
+def _take_labels(tree: Region, traced: Region) -> None:
+    # A trace is a barrier to the scheduler, so the bundles differ; libtpu's region numbers do not.
+    names = {(r.kind, r.number): r.label for r in traced.walk() if r.label is not None}
+    for region in tree.walk():
+        region.label = names.get((region.kind, region.number))
+
+
+def _compile(case, chip_name, options, traces, timeout) -> list[Program]:
+    with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as directory:
+        flags = [
+            f"--xla_jf_dump_to={directory}",
+            "--xla_jf_dump_llo_text=true",
+            "--xla_jf_emit_annotations=true",
+            "--xla_jf_dump_llo_pass_label_regex=final",
+        ]
+        if traces:
+            flags += ["--xla_enable_custom_call_region_trace=true"]
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            # The lock guards a chip; a compile ahead of time opens none, so many may run at once.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": " ".join(flags),
+            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        request = json.dumps({"case": case, "chip": chip_name, "options": options})
+        done = subprocess.run(
+            [sys.executable, "-m", __spec__.name, request],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise CompileError(f"{case} for {chip_name} with {options}: " + "\n".join(lines[-12:]))
+        return read_dump(Path(directory))
+
+
+def load(case: str):
+    """The function that "module:function" names.
+
+    Raises:
+      ValueError: there is no such function.
+    """
+    module, _, name = case.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"case is {case!r}; it must be 'module:function' ({error})") from error
+
+
+def _worker(request: str) -> None:
+    import jax
+    from jax.experimental import pallas as pl
+    from jax.experimental import topologies
+
+    when = pl.when
+
+    def labelled_when(condition):
+        def decorate(body):
+            def scoped():
+                with jax.named_scope(body.__name__):
+                    return body()
+
+            named = body.__name__ != "_" and not body.__name__.startswith("<")
+            return when(condition)(scoped if named else body)
+
+        return decorate
+
+    pl.when = labelled_when
+    spec = json.loads(request)
+    case = load(spec["case"])(**spec["options"])
+    topology = topologies.get_topology_desc(
+        topology_name=chip(spec["chip"]).topology, platform="tpu"
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments
+    )
+    jax.jit(case.function).lower(*arguments).compile()
+
+
+if __name__ == "__main__":
+    _worker(sys.argv[1])

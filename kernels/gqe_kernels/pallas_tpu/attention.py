@@ -1,0 +1,138 @@
+"""Routed attention on TPU: the contract's arguments, laid flat for the kernels, and their vjp."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
+from gqe_kernels.pallas_tpu.forward import forward
+from gqe_kernels.pallas_tpu.layout import LANES, Layout, takes
+from gqe_kernels.pallas_tpu.schedule import Masking
+
+
+class _Static(NamedTuple):
+    layout: Layout
+    causal: bool
+    scale: float
+    blocks: BlockSizes
+
+
+class _Operands(NamedTuple):
+    """The differentiable operands, flat: [batch, length, heads * head_dim]."""
+
+    query: Float[Array, "batch q_len experts_lanes"]
+    key: Float[Array, "batch kv_len kv_lanes"]
+    value: Float[Array, "batch kv_len kv_lanes"]
+    weight: Float[Array, "batch q_len hard"] | None
+    shared_query: Float[Array, "batch q_len head_dim"] | None
+    shared_key: Float[Array, "batch kv_len row"] | None
+    shared_value: Float[Array, "batch kv_len row"] | None
+
+
+def unsupported(query, key, expert_index, **_) -> str | None:
+    """The argument that the kernels cannot take, with the reason; None if they take them all."""
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"query: dtype {query.dtype}, where bfloat16 or float32 is needed"
+    if query.shape[-1] % 64:
+        return f"query: head_dim {query.shape[-1]}, where a multiple of 64 is needed"
+    if query.shape[1] == 0 or key.shape[1] == 0:
+        return "query, key: an empty sequence"
+    return None
+
+
+def routed_attention(
+    query: Float[Array, "batch q_len group expert head_dim"],
+    key: Float[Array, "batch kv_len group head_dim"],
+    value: Float[Array, "batch kv_len group head_dim"],
+    expert_index: Int[Array, "batch q_len group k"],
+    slot_weight: Float[Array, "batch q_len group k"] | None,
+    shared_query: Float[Array, "batch q_len head_dim"] | None,
+    shared_key: Float[Array, "batch kv_len head_dim"] | None,
+    shared_value: Float[Array, "batch kv_len head_dim"] | None,
+    *,
+    scale: float,
+    causal: bool,
+    q_segment_ids: Int[Array, "batch q_len"] | None,
+    kv_segment_ids: Int[Array, "batch kv_len"] | None,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
+    block_sizes: BlockSizes | None = None,
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """As `reference.routed_attention`, for the arguments that the kernels take."""
+    reason = unsupported(query, key, expert_index)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='pallas_tpu' does not take {reason}")
+    batch, q_len, group, expert, head_dim = query.shape
+    kv_len, k = key.shape[1], expert_index.shape[-1]
+    if shared_query is not None and shared_key is None:
+        shared_key, shared_value = (
+            jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
+        )
+    width = head_dim if takes(group, head_dim) else -(-head_dim // LANES) * LANES
+    layout = Layout(
+        group=group,
+        expert=expert,
+        k=k,
+        head_dim=width,
+        weighted=slot_weight is not None,
+        shared=shared_query is not None,
+    )
+
+    def flat(x, lanes=None):
+        """Heads side by side in the lanes: no copy, unless a head is padded."""
+        if x is None:
+            return None
+        pad = (width if lanes is None else lanes) - head_dim
+        if pad:
+            x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, pad),))
+        return x.reshape(*x.shape[:2], -1)
+
+    operands = _Operands(
+        query=flat(query),
+        key=flat(key),
+        value=flat(value),
+        weight=None if slot_weight is None else slot_weight.reshape(batch, q_len, -1),
+        shared_query=flat(shared_query),
+        shared_key=flat(shared_key, layout.row),
+        shared_value=flat(shared_value, layout.row),
+    )
+    masking = Masking(
+        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,)),
+        None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
+        None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
+    )
+    blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, query.dtype)
+    index = expert_index.astype(jnp.int32).reshape(batch, q_len, -1)
+    slots = _attention(_Static(layout, causal, float(scale), blocks), operands, index, masking)
+    return slots.reshape(batch, q_len, layout.slots, width)[..., :head_dim]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, operands: _Operands, index, masking: Masking):
+    return _attention_forward(static, operands, index, masking)[0]
+
+
+def _attention_forward(static, operands, index, masking):
+    o = operands
+    slots, logsumexp = forward(
+        o.query,
+        o.key,
+        o.value,
+        index,
+        o.weight,
+        o.shared_query,
+        o.shared_key,
+        o.shared_value,
+        masking,
+        **static._asdict(),
+    )
+    return slots, (operands, index, masking, slots, logsumexp)
+
+
+def _attention_backward(static, residuals, d_slots):
+    raise NotImplementedError
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

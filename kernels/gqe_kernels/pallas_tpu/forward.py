@@ -1,0 +1,294 @@
+"""The forward kernel: routed selection, online softmax and the sum of slots in one launch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from gqe_kernels.pallas_tpu.blocks import BlockSizes
+from gqe_kernels.pallas_tpu.layout import (
+    LANES,
+    LOG2E,
+    NOTHING_SEEN,
+    Layout,
+    half_mask,
+    select_query,
+    swap_halves,
+)
+from gqe_kernels.pallas_tpu.schedule import Masking, Visits, visits
+from gqe_kernels.pallas_tpu.tile import (
+    NN,
+    NT,
+    Tiles,
+    dot,
+    is_interior,
+    mask_bias,
+    runs,
+    zero_beyond,
+)
+
+
+def _kernel(
+    table: Visits,
+    query_ref,
+    key_ref,
+    value_ref,
+    index_ref,
+    weight_ref,
+    shared_query_ref,
+    shared_key_ref,
+    shared_value_ref,
+    q_segment_ref,
+    kv_segment_ref,
+    out_ref,
+    logsumexp_ref,
+    query_scr,
+    acc_scr,
+    max_scr,
+    sum_scr,
+    bias_scr,
+    *,
+    layout: Layout,
+    tiles: Tiles,
+    blocks: BlockSizes,
+    scale: float,
+):
+    b, i, j = (pl.program_id(axis) for axis in range(3))
+    row, ones_in_row = layout.row, layout.groups_per_unit == 2
+
+    @pl.when(j == 0)
+    def start():
+        for head in range(layout.hard):
+            group = head // layout.k
+            index = index_ref[:, head : head + 1]
+            chosen = select_query(layout, query_ref, index, group, layout.half(group))
+            query_scr[head] = (chosen * (scale * LOG2E)).astype(query_scr.dtype)
+        if layout.shared:
+            shared = shared_query_ref[...].astype(jnp.float32)
+            if ones_in_row:
+                shared = jnp.concatenate([shared, jnp.zeros_like(shared)], axis=1)
+            query_scr[layout.hard] = (shared * (scale * LOG2E)).astype(query_scr.dtype)
+        acc_scr[...] = jnp.zeros_like(acc_scr)
+        max_scr[...] = jnp.full_like(max_scr, NOTHING_SEEN)
+        if sum_scr is not None:
+            sum_scr[...] = jnp.zeros_like(sum_scr)
+
+    def attend(head, key, value, masked: bool):
+        """One tile of one head; `value` has the columns of ones, if the sum is the MXU's."""
+        logits = dot(query_scr[head], key, NT)
+        if masked:
+            logits += bias_scr[...]
+        old_max = max_scr[head]
+        new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+        max_scr[head] = new_max
+        logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
+        if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
+            logits = logits.astype(jnp.bfloat16)
+        weights = jnp.exp2(logits)
+        rescale = jnp.exp2(old_max - new_max)
+        out = dot(weights.astype(value.dtype), value, NN)
+        acc_scr[head] = acc_scr[head] * jnp.tile(rescale, (1, row // LANES)) + out[:, :row]
+        if sum_scr is None:
+            return
+        if blocks.row_sum_on_mxu:
+            partial = out[:, row:]
+        else:  # by lane: the lanes are added up once, at the end
+            partial = sum(
+                weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
+            )
+        sum_scr[head] = sum_scr[head] * rescale + partial
+
+    def beside_ones(value, half: int):
+        if ones_in_row:
+            return jnp.where(half_mask(value.shape, half), value, jnp.ones_like(value))
+        if blocks.row_sum_on_mxu:
+            return jnp.concatenate([value, jnp.ones((tiles.kv, LANES), value.dtype)], axis=1)
+        return value
+
+    def all_heads(masked: bool):
+        ragged = masked and tiles.kv_ragged
+
+        def load(ref, lanes):
+            x = ref[:, lanes]
+            return zero_beyond(x, j * tiles.kv, tiles.kv_len) if ragged else x
+
+        if masked:
+            segments = (None, None)
+            if tiles.segments:
+                segments = q_segment_ref[...], kv_segment_ref[...]
+            bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=1)
+
+        def unit(u):
+            lanes = pl.ds(u * row, row)
+            key, value = load(key_ref, lanes), load(value_ref, lanes)
+            for half in range(layout.groups_per_unit):
+                value_half = beside_ones(value, half)
+                for rank in range(layout.k):
+                    head = (u * layout.groups_per_unit + half) * layout.k + rank
+                    attend(head, key, value_half, masked)
+
+        for u in range(layout.units):
+            unit(u)
+        if layout.shared:
+            every = slice(None)
+            key, value = load(shared_key_ref, every), load(shared_value_ref, every)
+            attend(layout.hard, key, beside_ones(value, 0), masked)
+
+    run = runs(tiles, table, b, i, j, i, j)
+    if tiles.ever_masked:
+        interior = is_interior(tiles, table, b, i, j)
+        pl.when(run & interior)(lambda: all_heads(masked=False))
+        pl.when(run & ~interior)(lambda: all_heads(masked=True))
+    else:
+        pl.when(run)(lambda: all_heads(masked=False))
+
+    @pl.when(j == tiles.num_kv - 1)
+    def finish():
+        lane = jax.lax.broadcasted_iota(jnp.int32, (tiles.q, -(-layout.heads // LANES) * LANES), 1)
+        logsumexp = jnp.zeros(lane.shape, jnp.float32)
+        weighted = jnp.zeros((tiles.q, row), jnp.float32)
+        pending = None
+
+        def put(slot, out, pending):
+            """Writes a slot; at head_dim 64 it lies in both halves of `out`, and two make a row."""
+            if not ones_in_row:
+                out_ref[:, slot * row : (slot + 1) * row] = out.astype(out_ref.dtype)
+            elif layout.half(slot):
+                both = jnp.where(half_mask(out.shape, 1), out, pending).astype(out_ref.dtype)
+                out_ref[:, (slot // 2) * row : (slot // 2 + 1) * row] = both
+            elif slot == layout.slots - 1:
+                out_ref[:, (slot // 2) * row :] = out[:, : row // 2].astype(out_ref.dtype)
+            return out
+
+        for head in range(layout.heads):
+            acc = acc_scr[head]
+            own = layout.half(head // layout.k) if head < layout.hard else 0
+            if ones_in_row:
+                swapped = swap_halves(acc)
+                own_lanes = half_mask(acc.shape, own)
+                total = jnp.where(own_lanes, swapped, acc)
+                acc = jnp.where(own_lanes, acc, swapped)
+            elif blocks.row_sum_on_mxu:
+                total = sum_scr[head]
+            else:
+                total = jnp.sum(sum_scr[head], axis=1, keepdims=True)
+                total = jnp.broadcast_to(total, (tiles.q, LANES))
+            seen = total > 0
+            # A row that saw nothing gets a logsumexp that makes every probability of it zero.
+            log_total = jnp.where(seen, max_scr[head] + jnp.log2(total), -NOTHING_SEEN)
+            logsumexp = jnp.where(lane == head, log_total[:, :1], logsumexp)
+            inverse = jnp.where(seen, 1.0 / total, 0.0)
+            out = acc * jnp.tile(inverse, (1, row // LANES))
+            if head < layout.hard:
+                if layout.weighted:
+                    weighted += weight_ref[:, head : head + 1].astype(jnp.float32) * out
+                pending = put(head, out, pending)
+                if layout.weighted and head == layout.hard - 1:
+                    pending = put(layout.weighted_slot, weighted, pending)
+            else:
+                pending = put(layout.shared_slot, out, pending)
+        logsumexp_ref[...] = logsumexp.T[: layout.padded_heads]
+
+
+def forward(
+    query: Float[Array, "batch q_len experts_lanes"],
+    key: Float[Array, "batch kv_len kv_lanes"],
+    value: Float[Array, "batch kv_len kv_lanes"],
+    index: Int[Array, "batch q_len hard"],
+    weight: Float[Array, "batch q_len hard"] | None,
+    shared_query: Float[Array, "batch q_len head_dim"] | None,
+    shared_key: Float[Array, "batch kv_len row"] | None,
+    shared_value: Float[Array, "batch kv_len row"] | None,
+    masking: Masking,
+    *,
+    layout: Layout,
+    causal: bool,
+    scale: float,
+    blocks: BlockSizes,
+) -> tuple[Float[Array, "batch q_len slot_lanes"], Float[Array, "batch heads q_padded"]]:
+    """Slots, flat, and each head's logsumexp in base 2."""
+    batch, q_len, _ = query.shape
+    kv_len = key.shape[1]
+    tiles = Tiles(
+        blocks.q, blocks.kv, q_len, kv_len, causal, segments=masking.q_segment is not None
+    )
+    table = visits(masking, causal, q_len, kv_len, tiles.q, tiles.kv, outer="q")
+
+    def q_rows(lanes):
+        return pl.BlockSpec((None, tiles.q, lanes), lambda b, i, j, table: (b, i, 0))
+
+    def kv_block(b, i, j, table):
+        # Blocks that are not visited name their neighbour, so that nothing is fetched for them.
+        return jnp.clip(j, table.first[b, i], jnp.maximum(table.last[b, i], table.first[b, i]))
+
+    def kv_rows(lanes):
+        return pl.BlockSpec(
+            (None, tiles.kv, lanes), lambda b, i, j, table: (b, kv_block(b, i, j, table), 0)
+        )
+
+    present = lambda x, spec: None if x is None else spec(x.shape[-1])  # noqa: E731
+    q_segment, kv_segment = masking.q_segment, masking.kv_segment
+    kv_segment_spec = None
+    if tiles.segments:
+        q_segment, kv_segment = q_segment[:, :, None], kv_segment[:, None, :]
+        kv_segment_spec = pl.BlockSpec(
+            (None, 1, tiles.kv), lambda b, i, j, table: (b, 0, kv_block(b, i, j, table))
+        )
+    sums = None
+    if layout.groups_per_unit == 1:
+        sums = pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32)
+    padded = tiles.num_q * tiles.q
+    return pl.pallas_call(
+        functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, tiles.num_q, tiles.num_kv),
+            in_specs=[
+                q_rows(query.shape[-1]),
+                kv_rows(key.shape[-1]),
+                kv_rows(value.shape[-1]),
+                q_rows(layout.hard),
+                present(weight, q_rows),
+                present(shared_query, q_rows),
+                present(shared_key, kv_rows),
+                present(shared_value, kv_rows),
+                present(q_segment, q_rows),
+                kv_segment_spec,
+            ],
+            out_specs=[
+                q_rows(layout.slots * layout.head_dim),
+                pl.BlockSpec((None, layout.padded_heads, tiles.q), lambda b, i, j, table: (b, 0, i)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((layout.heads, tiles.q, layout.row), query.dtype),
+                pltpu.VMEM((layout.heads, tiles.q, layout.row), jnp.float32),
+                pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32),
+                sums,
+                pltpu.VMEM((tiles.q, tiles.kv), jnp.float32) if tiles.ever_masked else None,
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, q_len, layout.slots * layout.head_dim), query.dtype),
+            jax.ShapeDtypeStruct((batch, layout.padded_heads, padded), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_bytes,
+        ),
+        name="gqe_forward",
+    )(
+        table,
+        query,
+        key,
+        value,
+        index,
+        weight,
+        shared_query,
+        shared_key,
+        shared_value,
+        q_segment,
+        kv_segment,
+    )

@@ -1,0 +1,113 @@
+"""Where heads, experts and slots lie in the lanes of the projections' flat arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+MASKED = -1e30
+# Above every masked logit: in a row that has seen no key yet, exp2(MASKED - NOTHING_SEEN) is zero.
+NOTHING_SEEN = -5e29
+LOG2E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static facts of one call.
+
+    A *row* is what is cut from an array at a time, a multiple of 128 lanes: one group's head, or at
+    head_dim 64 the heads of two neighbouring groups. A *unit* is the groups that share a row of K.
+    Head h = g * k + j is rank j of group g, and is hard slot h; the shared head comes last.
+    """
+
+    group: int
+    expert: int
+    k: int
+    head_dim: int
+    weighted: bool
+    shared: bool
+
+    @property
+    def groups_per_unit(self) -> int:
+        return 2 if self.head_dim == LANES // 2 else 1
+
+    @property
+    def row(self) -> int:
+        return self.head_dim * self.groups_per_unit
+
+    @property
+    def units(self) -> int:
+        return self.group // self.groups_per_unit
+
+    @property
+    def hard(self) -> int:
+        return self.k * self.group
+
+    @property
+    def heads(self) -> int:
+        return self.hard + self.shared
+
+    @property
+    def padded_heads(self) -> int:
+        """Rows of an array with one row of numbers a head."""
+        return -(-self.heads // 8) * 8
+
+    @property
+    def slots(self) -> int:
+        return self.hard + self.weighted + self.shared
+
+    @property
+    def weighted_slot(self) -> int:
+        return self.hard
+
+    @property
+    def shared_slot(self) -> int:
+        return self.hard + self.weighted
+
+    def half(self, slot: int) -> int:
+        """Which head_dim-wide part of its row a slot, or an expert's query, lies in."""
+        return slot % self.groups_per_unit
+
+
+def takes(group: int, head_dim: int) -> bool:
+    """Whether rows of K and V begin at multiples of 128 lanes; otherwise head_dim is padded."""
+    return head_dim % LANES == 0 or (head_dim == LANES // 2 and group % 2 == 0)
+
+
+def half_mask(shape: tuple[int, int], half: int) -> jax.Array:
+    """True on the lanes of one half of a 128-lane row."""
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return lane >= LANES // 2 if half else lane < LANES // 2
+
+
+def select_query(layout: Layout, query_ref, index, group: int, half: int) -> jax.Array:
+    """The chosen expert's query of each token, in its half of a float32 row, the rest zero.
+
+    Args:
+      query_ref: [q, group * expert * head_dim].
+      index: [q, 1], the chosen expert within `group`.
+    """
+    q, row = index.shape[0], layout.row
+    if layout.groups_per_unit == 1:
+        chosen = None
+        for m in range(layout.expert):
+            start = (group * layout.expert + m) * row
+            x = query_ref[:, start : start + row].astype(jnp.float32)
+            chosen = x if chosen is None else jnp.where(index == m, x, chosen)
+        return chosen
+    # Two experts lie in a row: keep the chosen one's lanes of the row that holds it, then copy them
+    # to the other half, and cut.
+    first = group * layout.expert
+    upper = half_mask((q, row), 1).astype(jnp.int32)
+    chosen = jnp.zeros((q, row), jnp.float32)
+    for column in range(first // 2, (first + layout.expert - 1) // 2 + 1):
+        x = query_ref[:, column * row : (column + 1) * row].astype(jnp.float32)
+        chosen = jnp.where(first + index == 2 * column + upper, x, chosen)
+    return jnp.where(half_mask((q, row), half), chosen + swap_halves(chosen), 0.0)
+
+
+def swap_halves(x: jax.Array) -> jax.Array:
+    return pltpu.roll(x, LANES // 2, 1)
