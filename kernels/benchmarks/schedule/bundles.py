@@ -227,9 +227,18 @@ def regions(program: Program, delay_slots: int) -> Region:
         stack[-1].children.append(region)
         stack.append(region)
     for region in root.walk():
-        scopes = [s for i in region.own() if (s := program.bundles[i].scope) is not None]
+        # The scheduler may start a body in the delay slots of the branch around it.
+        hoisted = {i for c in region.children if c.kind == "guard" for i in _slots(c, delay_slots)}
+        place = [i for i in region.own() if i not in hoisted]
+        if region.kind == "guard":
+            place = [*_slots(region, delay_slots), *place]
+        scopes = [s for i in place if (s := program.bundles[i].scope) is not None]
         region.label = scopes[0] if scopes else None
     return root
+
+
+def _slots(guard: Region, delay_slots: int) -> range:
+    return range(guard.start - delay_slots, guard.start)
 
 
 def _check_delay_slots(program: Program, target: int, branch: int, after: int) -> None:

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gqe_kernels.pallas_tpu.backward import backward
 from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
 from gqe_kernels.pallas_tpu.forward import forward
 from gqe_kernels.pallas_tpu.layout import LANES, Layout, takes
-from gqe_kernels.pallas_tpu.schedule import Masking
+from gqe_kernels.pallas_tpu.prepare import prepare
+from gqe_kernels.pallas_tpu.schedule import Masking, visits
+from gqe_kernels.pallas_tpu.tile import Tiles
 
 
 class _Static(NamedTuple):
@@ -132,7 +135,63 @@ def _attention_forward(static, operands, index, masking):
 
 
 def _attention_backward(static, residuals, d_slots):
-    raise NotImplementedError
+    operands, index, masking, slots, logsumexp = residuals
+    o, layout, blocks = operands, static.layout, static.blocks
+    q_len, kv_len = o.query.shape[1], o.key.shape[1]
+    tiles = Tiles(
+        blocks.backward_q,
+        blocks.backward_kv,
+        q_len,
+        kv_len,
+        static.causal,
+        segments=masking.q_segment is not None,
+    )
+    selected, d_out, delta, d_weight = prepare(
+        o.query,
+        index,
+        o.weight,
+        o.shared_query,
+        slots,
+        d_slots,
+        layout=layout,
+        scale=static.scale,
+        q=tiles.q,
+        vmem_bytes=blocks.vmem_bytes,
+    )
+    beyond = tiles.num_q * tiles.q - logsumexp.shape[2]
+    if beyond > 0:
+        logsumexp = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, beyond)))
+    launches = blocks.backward_launches(layout, tiles.num_q)
+    sum_dtype = o.key.dtype if len(launches) == 1 else jnp.float32
+    table = visits(masking, static.causal, q_len, kv_len, tiles.q, tiles.kv, outer="kv")
+    parts = [
+        backward(
+            operands,
+            index,
+            masking,
+            table,
+            selected,
+            d_out,
+            logsumexp,
+            delta,
+            layout=layout,
+            tiles=tiles,
+            scale=static.scale,
+            vmem_bytes=blocks.vmem_bytes,
+            first_block=first,
+            num_q=count,
+            sum_dtype=sum_dtype,
+        )
+        for first, count in launches
+    ]
+    of_queries, of_keys = zip(*((part[:2], part[2:]) for part in parts), strict=True)
+    d_query, d_shared_query = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_queries)
+    of_keys = jax.tree.map(lambda *x: sum(x[1:], x[0]).astype(o.key.dtype), *of_keys)
+    d_key, d_value, d_shared_key, d_shared_value = of_keys
+    gradients = _Operands(
+        d_query, d_key, d_value, d_weight, d_shared_query, d_shared_key, d_shared_value
+    )
+    return gradients, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -18,10 +18,19 @@ class BlockSizes:
     kv: int = 512
     row_sum_on_mxu: bool = False
     bfloat16_exp: bool = False
-    vmem_bytes: int = 96 * 2**20
+    backward_q: int = 512
+    backward_kv: int = 512
+    d_query_bytes: int = 48 * 2**20
+    vmem_bytes: int = 110 * 2**20
+
+    def backward_launches(self, layout, num_q: int) -> list[tuple[int, int]]:
+        """First block of queries and number of blocks of each launch of the backward kernel."""
+        block_bytes = layout.heads * layout.row * self.backward_q * 4
+        count = max(1, self.d_query_bytes // block_bytes)
+        return [(first, min(count, num_q - first)) for first in range(0, num_q, count)]
 
 
 def default_block_sizes(layout, q_len: int, kv_len: int, dtype) -> BlockSizes:
     q = min(512, -(-q_len // 128) * 128)
     kv = min(512, -(-kv_len // 128) * 128)
-    return BlockSizes(q, kv)
+    return BlockSizes(q, kv, backward_q=q, backward_kv=kv)

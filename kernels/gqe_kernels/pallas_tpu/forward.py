@@ -190,6 +190,10 @@ def _kernel(
                     pending = put(layout.weighted_slot, weighted, pending)
             else:
                 pending = put(layout.shared_slot, out, pending)
+        if tiles.q_ragged:  # the backward pass reads whole blocks
+            query = jax.lax.broadcasted_iota(jnp.int32, logsumexp.shape, 0)
+            exists = query < tiles.q_len - i * tiles.q
+            logsumexp = jnp.where(exists, logsumexp, -NOTHING_SEEN)
         logsumexp_ref[...] = logsumexp.T[: layout.padded_heads]
 
 

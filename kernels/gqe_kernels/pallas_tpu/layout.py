@@ -111,3 +111,39 @@ def select_query(layout: Layout, query_ref, index, group: int, half: int) -> jax
 
 def swap_halves(x: jax.Array) -> jax.Array:
     return pltpu.roll(x, LANES // 2, 1)
+
+
+def read_slot(layout: Layout, slots_ref, slot: int, half: int) -> jax.Array:
+    """A slot in the given half of a float32 row, the rest zero; `slots_ref`: [q, slot * head_dim]."""
+    row, own = layout.row, layout.half(slot)
+    if layout.groups_per_unit == 1:
+        return slots_ref[:, slot * row : (slot + 1) * row].astype(jnp.float32)
+    start = slot // 2 * row
+    if slot == layout.slots - 1 and own == 0:  # no slot beside it
+        x = slots_ref[:, start : start + layout.head_dim].astype(jnp.float32)
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+    else:
+        x = slots_ref[:, start : start + row].astype(jnp.float32)
+    return jnp.where(half_mask(x.shape, half), x if own == half else swap_halves(x), 0.0)
+
+
+def expand_query(layout: Layout, heads, index_ref, write) -> None:
+    """The transpose of `select_query`: gradients of the chosen queries, zeros of the others.
+
+    Args:
+      heads: function of a hard head to its gradient, [q, row]; at head_dim 64 in both halves.
+      index_ref: [q, hard].
+      write: function that takes a row's number and its [q, row].
+    """
+    per_row = layout.groups_per_unit
+    for column in range(layout.group * layout.expert // per_row):
+        out = None
+        for group in sorted({(column * per_row + h) // layout.expert for h in range(per_row)}):
+            for head in range(group * layout.k, (group + 1) * layout.k):
+                gradient = heads(head)
+                here = column * per_row
+                if per_row == 2:
+                    here = here + half_mask(gradient.shape, 1).astype(jnp.int32)
+                chosen = group * layout.expert + index_ref[:, head : head + 1] == here
+                out = jnp.where(chosen, gradient, 0.0 if out is None else out)
+        write(column, out)
