@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_kernels.pallas_tpu.layout import Layout, expand_query, half_mask, swap_halves
+from gqe_kernels.pallas_tpu.layout import (
+    Layout,
+    expand_query,
+    half_mask,
+    result_shape,
+    swap_halves,
+)
 from gqe_kernels.pallas_tpu.schedule import Visits
 from gqe_kernels.pallas_tpu.tile import NN, NT, Tiles, dot, is_interior, mask_bias, runs
 
@@ -203,7 +209,7 @@ def backward(
         return None if x is None else spec(x.shape[-1])
 
     def like(x, length, dtype):
-        return None if x is None else jax.ShapeDtypeStruct((batch, length, x.shape[-1]), dtype)
+        return None if x is None else result_shape(o.query, (batch, length, x.shape[-1]), dtype)
 
     q_segment, kv_segment = masking.q_segment, masking.kv_segment
     q_segment_spec = kv_segment_spec = None

@@ -15,6 +15,7 @@ from gqe_kernels.pallas_tpu.layout import (
     NOTHING_SEEN,
     Layout,
     half_mask,
+    result_shape,
     select_query,
     swap_halves,
 )
@@ -275,8 +276,8 @@ def forward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, q_len, layout.slots * layout.head_dim), query.dtype),
-            jax.ShapeDtypeStruct((batch, layout.padded_heads, padded), jnp.float32),
+            result_shape(query, (batch, q_len, layout.slots * layout.head_dim), query.dtype),
+            result_shape(query, (batch, layout.padded_heads, padded), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -147,3 +147,11 @@ def expand_query(layout: Layout, heads, index_ref, write) -> None:
                 chosen = group * layout.expert + index_ref[:, head : head + 1] == here
                 out = jnp.where(chosen, gradient, 0.0 if out is None else out)
         write(column, out)
+
+
+def result_shape(like: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: under `shard_map`, it varies over the mesh axes that `like` does."""
+    aval = jax.typeof(like)
+    if hasattr(aval, "manual_axis_type"):  # jax 0.12; before it, the name was vma
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gqe_kernels.pallas_tpu.layout import LANES, LOG2E, Layout, read_slot, select_query
+from gqe_kernels.pallas_tpu.layout import (
+    LANES,
+    LOG2E,
+    Layout,
+    read_slot,
+    result_shape,
+    select_query,
+)
 
 
 def _kernel(
@@ -79,8 +86,8 @@ def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale
     def rows(x):
         return None if x is None else pl.BlockSpec((None, q, x.shape[-1]), lambda b, i: (b, i, 0))
 
-    heads = jax.ShapeDtypeStruct((batch, num_q * q, layout.heads * layout.row), query.dtype)
-    delta = jax.ShapeDtypeStruct((batch, layout.padded_heads, num_q * q), jnp.float32)
+    heads = result_shape(query, (batch, num_q * q, layout.heads * layout.row), query.dtype)
+    delta = result_shape(query, (batch, layout.padded_heads, num_q * q), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, scale=scale, q_len=q_len),
         grid=(batch, num_q),
@@ -95,7 +102,7 @@ def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale
             heads,
             heads,
             delta,
-            None if weight is None else jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+            None if weight is None else result_shape(query, weight.shape, weight.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes
