@@ -153,7 +153,8 @@ def _parse_bundle(header: re.Match, text: str, slots: tuple[int, ...]) -> Bundle
     code = _COMMENT.sub("", text)
     branches = _BRANCH.findall(code)
     if len(branches) != len(re.findall(r"\bs(?:br|call)\w*\b", code)) or len(branches) > 1:
-        raise ScheduleError(f"bundle {header[1]} has a branch of unknown form: {code.strip()[:200]}")
+        shown = code.strip()[:200]
+        raise ScheduleError(f"bundle {header[1]} has branches of a form not known: {shown}")
     scope, trips = _SCOPE.search(text), _LOOP_TEST.search(text)
     return Bundle(
         label=header[2],

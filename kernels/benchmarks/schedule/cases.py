@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+
 from gqe_kernels import pallas_tpu
 
 
@@ -21,7 +22,8 @@ class Case:
     Attributes:
       arguments: `jax.ShapeDtypeStruct`s of what `function` takes.
       executions: for each Pallas kernel, by the start of its name, how often each labelled region
-        runs in the whole call.
+        runs in the whole call; "grid" is the number of grid steps. None at all: the schedule is
+        shown without a sum.
       pairs: query token × head × key token that attention must look at.
       macs: multiply-adds that it cannot do without.
     """
@@ -50,9 +52,7 @@ def splash(
 
     _check_blocks(length, block_q=block_q, block_kv=block_kv)
     mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-    sizes = kernel.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute
-    )
+    sizes = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute)
     query, key = (
         jax.ShapeDtypeStruct((h, length, head_dim), jnp.bfloat16) for h in (heads, kv_heads)
     )
@@ -61,7 +61,14 @@ def splash(
     return Case(
         kernel.make_splash_mha_single_device(mask, block_sizes=sizes),
         (query, key, key),
-        {"splash_mha_fwd": {"init": rows, "run": heads * (interior + masked), "end": rows}},
+        {
+            "splash_mha_fwd": {
+                "grid": rows * (length // block_kv),
+                "init": rows,
+                "run": heads * (interior + masked),
+                "end": rows,
+            }
+        },
         *_work(length, head_dim, heads),
     )
 
@@ -77,7 +84,7 @@ def gqe(
     """This project's kernel: k experts of each group and the shared head, one sequence, bfloat16.
 
     Args:
-      blocks: fields of `pallas_tpu.BlockSizes`; none: the kernel's own choice.
+      blocks: fields of `pallas_tpu.BlockSizes`.
     """
     sizes = pallas_tpu.BlockSizes(**blocks)
     _check_blocks(length, q=sizes.q, kv=sizes.kv)
@@ -108,7 +115,13 @@ def gqe(
 
     interior, masked = causal_tiles(length, sizes.q, sizes.kv)
     rows = length // sizes.q
-    runs = {"start": rows, "interior": interior, "masked": masked, "finish": rows}
+    runs = {
+        "grid": rows * (length // sizes.kv),
+        "start": rows,
+        "interior": interior,
+        "masked": masked,
+        "finish": rows,
+    }
     return Case(
         call,
         (query, key, key, index, weight, shared),

@@ -7,12 +7,13 @@ fresh process.
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError, read_dump, regions
+from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
 from kernels.benchmarks.schedule.chips import chip
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -20,6 +21,10 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 class CompileError(RuntimeError):
     """The TPU compiler refused the kernel."""
+
+
+class OutOfVmemError(CompileError):
+    """The kernel's blocks do not fit in the core's vector memory."""
 
 
 def schedule(
@@ -85,8 +90,10 @@ def _compile(case, chip_name, options, traces, timeout) -> list[Program]:
             check=False,
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise CompileError(f"{case} for {chip_name} with {options}: " + "\n".join(lines[-12:]))
+            vmem = re.search(r"memory space vmem|exceeded scoped vmem", done.stderr)
+            error = OutOfVmemError if vmem else CompileError
+            lines = done.stderr.strip().splitlines()[-12:]
+            raise error(f"{case} for {chip_name} with {options}:\n" + "\n".join(lines))
         return read_dump(Path(directory))
 
 
