@@ -1,0 +1,187 @@
+"""The reader of TPU schedules, against a recorded dump whose bundles were counted by hand."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernels.benchmarks import tpu_schedule
+from kernels.benchmarks.schedule import cases, report
+from kernels.benchmarks.schedule.bundles import ScheduleError, parse_program, regions
+from kernels.benchmarks.schedule.chips import chip
+from kernels.benchmarks.schedule.compiler import _take_labels, load
+from kernels.benchmarks.schedule.cost import cost
+
+DATA = Path(__file__).parent / "data"
+BUNDLES = (DATA / "tiny-final_bundles.txt").read_text()
+UTILIZATION = (DATA / "tiny-utilization.txt").read_text()
+# In the dump: 0x0 to 0xc and 0x2a to 0x31 run once; the loop from 0xd branches at 0x25, with four
+# delay slots; in it 0x14 jumps, after its delay slots, from 0x19 to 0x22.
+ONCE, STEP, EVEN = 13 + 8, 12 + 8, 9
+TINY = "tests.benchmarks.tiny_case:tiny"
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install .[tpu]"
+)
+
+
+def tiny(bundles: str = BUNDLES, utilization: str = UTILIZATION, delay_slots: int = 4):
+    program = parse_program(bundles, utilization)
+    return program, regions(program, delay_slots)
+
+
+def labelled():
+    program, tree = tiny()
+    trace = "{ %1 = vtrace 7 /* TraceMeStart(even) [ */  ;;  %v50_v4 = vld"
+    _, traced = tiny(BUNDLES.replace("{ %v50_v4 = vld", trace))
+    _take_labels(tree, traced)
+    return program, tree
+
+
+def test_regions_of_the_recorded_dump():
+    program, root = tiny()
+    assert program.name == "tiny.1"
+    assert program.opcode == "custom-call"
+    assert len(program.bundles) == 50
+    (loop,) = root.children
+    (guard,) = loop.children
+    assert [region.kind for region in root.walk()] == ["root", "loop", "guard"]
+    assert [len(region.own()) for region in root.walk()] == [ONCE, STEP, EVEN]
+    assert (loop.number, loop.trips) == (40, 8)
+    assert (guard.number, guard.start, guard.stop) == (20, 0x19, 0x22)
+
+
+def test_units_of_the_recorded_dump():
+    program, root = tiny()
+    guard = list(root.walk())[-1]
+    filled = {
+        unit: sum(program.bundles[i].slots[u] for i in guard.own())
+        for u, unit in enumerate(program.units)
+    }
+    # One load; two multiplications, an addition, exp2 and tanh, which take a VALU slot beside their
+    # own; their results; one store.
+    assert filled["VLOAD"] == 1
+    assert filled["VALU"] == 5
+    assert filled["EUP"] == 2
+    assert filled["VPOP"] == 2
+    assert filled["VSTORE"] == 1
+    assert filled["MXU"] == filled["XLU"] == 0
+    assert dict(zip(program.units, program.capacity, strict=True))["VALU"] == 4
+
+
+def test_cycles_are_bundles_times_executions():
+    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=262144)
+    result = cost([labelled()], "m:tiny", "v6e", {}, case)
+    assert result.cycles == ONCE + 8 * STEP + 4 * EVEN
+    assert [region.executions for region in result.regions] == [1, 8, 4]
+    assert result.regions[2].region == "even"
+    assert result.cycles_per_pair == result.cycles / 10
+    assert result.mac_share == pytest.approx(1 / result.cycles)  # v6e: 262,144 MACs a cycle
+    shown = report.text(result)
+    assert f"static cycles {result.cycles:,}" in shown
+    assert re.search(r"even +9 +4 +36 ", shown)
+
+
+def test_a_case_without_counts_shows_regions_only():
+    result = cost([labelled()], "m:tiny", "v6e", {}, cases.Case(None, ()))
+    assert [region.bundles for region in result.regions] == [ONCE, STEP, EVEN]
+    assert "static cycles" not in report.text(result)
+
+
+@pytest.mark.parametrize(
+    ("bundles", "utilization", "message"),
+    [
+        (BUNDLES.replace("entry bundle", "first bundle"), UTILIZATION, "name no entry"),
+        (BUNDLES.replace("0x1b   :", "0x1c   :"), UTILIZATION, "not numbered"),
+        (BUNDLES, UTILIZATION.strip().rsplit("\n", 1)[0], "50 bundles but utilisation for 49"),
+        (BUNDLES, UTILIZATION.replace("== UTIL", "== SLOTS"), "unknown head"),
+        (BUNDLES, UTILIZATION.replace("MXU, ", ""), "rows that are not 9 numbers"),
+        (BUNDLES.replace("sbr.rel (%p81_p6)", "sbr.ind (%p81_p6)"), UTILIZATION, "form not known"),
+        (
+            BUNDLES.replace("target = $region20", "target = $region99"),
+            UTILIZATION,
+            "no known place",
+        ),
+    ],
+)
+def test_an_unknown_dump_is_an_error(bundles, utilization, message):
+    with pytest.raises(ScheduleError, match=message):
+        tiny(bundles, utilization)
+
+
+def test_branches_that_do_not_nest_are_an_error():
+    moved = BUNDLES.replace("Start/End empty region 20 :: ", "")  # to behind the loop's end
+    moved = moved.replace("0x2b   :  {", "0x2b PF:  { /* Start/End empty region 20 */")
+    with pytest.raises(ScheduleError, match="outside"):
+        tiny(moved)
+
+
+def test_too_few_delay_slots_are_an_error():
+    with pytest.raises(ScheduleError, match="goes on after its delay slots"):
+        tiny(BUNDLES.replace("  0x28   :  {}", "  0x28   : > {}"), delay_slots=2)
+
+
+@pytest.mark.parametrize(
+    ("executions", "message"),
+    [
+        ({"tiny": {"grid": 8, "odd": 4}}, "0 regions labelled 'odd'"),
+        ({"tiny": {"grid": 5, "even": 4}}, "the grid has 5 steps"),
+        ({"other": {"grid": 8}}, "described 0 times"),
+        ({"tiny": {"grid": 8}, "more": {"grid": 8}}, "no kernel named more"),
+    ],
+)
+def test_counts_that_do_not_fit_are_an_error(executions, message):
+    with pytest.raises(ScheduleError, match=message):
+        cost([labelled()], "m:tiny", "v6e", {}, cases.Case(None, (), executions, 1, 1))
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), [(4, 4), (4, 8), (8, 4), (2, 16), (16, 16)])
+def test_causal_tiles(block_q, block_kv):
+    seen = np.tril(np.ones((16, 16), bool))
+    blocks = seen.reshape(16 // block_q, block_q, 16 // block_kv, block_kv).swapaxes(1, 2)
+    full, some = blocks.all((2, 3)), blocks.any((2, 3))
+    assert cases.causal_tiles(16, block_q, block_kv) == (full.sum(), (some & ~full).sum())
+
+
+def test_peak_is_the_published_one():
+    # https://docs.cloud.google.com/tpu/docs: bf16 TFLOP/s of a chip, at the clock in GHz.
+    for name, teraflops, gigahertz in (("v5e", 197, 1.5), ("v5p", 459, 1.75), ("v6e", 918, 1.75)):
+        peak = 2 * chip(name).peak_macs * chip(name).cores * gigahertz / 1e3
+        assert peak == pytest.approx(teraflops, rel=0.01)
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(ValueError, match="chip is 'v9'; it must be one of 'v5e'"):
+        chip("v9")
+    with pytest.raises(ValueError, match="case is 'nowhere:f'; it must be 'module:function'"):
+        load("nowhere:f")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "0"], "--length is 0; it must be positive"),
+        (["--set", "q=many"], "--set has 'q=many'; it must be NAME=VALUE"),
+        (["--plot", "x.png"], "add --compare splash"),
+    ],
+)
+def test_the_command_line_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tpu_schedule.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_compiles_and_reads_a_kernel(tmp_path, capsys):
+    path = tmp_path / "tiny.json"
+    tpu_schedule.main(["--case", TINY, "--chip", "v6e", "--json", str(path)])
+    (result,) = json.loads(path.read_text())["results"]
+    runs = {region["region"]: region["executions"] for region in result["regions"]}
+    assert runs == {"call": 1, "grid": 8, "even": 4}
+    assert result["cycles"] == sum(r["bundles"] * r["executions"] for r in result["regions"])
+    assert all(0 <= busy <= 1 for r in result["regions"] for busy in r["busy"].values())
+    assert f"static cycles {result['cycles']:,}" in capsys.readouterr().out
