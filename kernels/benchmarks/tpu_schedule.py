@@ -1,8 +1,9 @@
 """Static cycles of TPU attention kernels, read from libtpu's schedule; no TPU is needed.
 
-    python -m kernels.benchmarks.tpu_schedule --table            # the table of kernels/README.md
+    python -m kernels.benchmarks.tpu_schedule --table             # the tables of kernels/README.md
+    python -m kernels.benchmarks.tpu_schedule --table --training  # are filled by these two
     python -m kernels.benchmarks.tpu_schedule --compare splash --chip v6e --head-dim 128
-    python -m kernels.benchmarks.tpu_schedule --chip v5e --set q=1024 kv=512
+    python -m kernels.benchmarks.tpu_schedule --chip v5e --set q=512,1024 kv=512
     python -m kernels.benchmarks.tpu_schedule --case my.module:factory --chip v6e --set width=256
 
 A case of your own is a function that returns an object with `function` and `arguments` (a tuple of
@@ -21,7 +22,7 @@ from kernels.benchmarks.schedule import report
 from kernels.benchmarks.schedule.bundles import ScheduleError
 from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import GQE, SPLASH, Comparison, compare
-from kernels.benchmarks.schedule.compiler import CompileError
+from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure
 
 CASES = {"gqe": GQE, "splash": SPLASH}
@@ -54,7 +55,12 @@ def _compare(options) -> Iterator[Comparison]:
 
     for chip, head_dim in itertools.product(options.chip, options.head_dim):
         for result in compare(
-            chip, head_dim, tuple(options.length), jobs=options.jobs, progress=progress
+            chip,
+            head_dim,
+            options.length,
+            training=options.training,
+            jobs=options.jobs,
+            progress=progress,
         ):
             if not options.table:
                 print(report.text(result.splash), report.text(result.gqe), sep="\n\n")
@@ -69,10 +75,23 @@ def _show(options) -> Iterator[Cost]:
             {"length": length, "head_dim": head_dim}
             for length, head_dim in itertools.product(options.length, options.head_dim)
         ]
-    for chip, shape in itertools.product(options.chip, shapes):
-        result = measure(CASES.get(options.case, options.case), chip, shape | options.set)
+    names, values = options.set.keys(), options.set.values()
+    settings = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+    swept = []
+    for chip, shape, setting in itertools.product(options.chip, shapes, settings):
+        try:
+            result = measure(CASES.get(options.case, options.case), chip, shape | setting)
+        except OutOfVmemError:
+            if len(settings) == 1:
+                raise
+            print(f"{setting} does not fit in VMEM\n", flush=True)
+            continue
         print(report.text(result), end="\n\n", flush=True)
+        swept.append(result)
         yield result
+    if len(settings) > 1:
+        for result in sorted(swept, key=lambda result: (result.chip, result.cycles)):
+            print(f"{result.chip} {result.cycles:>15,} cycles: {report.settings(result)}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -88,7 +107,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--chip", nargs="+", choices=list(CHIPS), default=["v6e"])
     add("--head-dim", nargs="+", type=int, default=[128])
     add("--length", nargs="+", type=int, default=[4096], help="tokens of one sequence")
-    add("--set", nargs="+", metavar="NAME=VALUE", default=[], help="further options of the case")
+    add("--training", action="store_true", help="compare forward and backward, not forward alone")
+    add(
+        "--set",
+        nargs="+",
+        metavar="NAME=VALUE,...",
+        default=[],
+        help="options of the case; of several values, each in turn",
+    )
     add("--jobs", type=int, default=1, help="compiles at a time")
     add("--json", type=Path, help="write all figures to this file")
     add("--plot", type=Path, help="write a PNG of ratio against length; with a comparison")
@@ -96,8 +122,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.table:
         options.compare = "splash"
         vars(options).update(TABLE)
-        options.json = options.json or RESULTS / "tpu_schedule.json"
-        options.plot = options.plot or RESULTS / "tpu_schedule.png"
+        name = "tpu_schedule_training" if options.training else "tpu_schedule"
+        options.json = options.json or RESULTS / f"{name}.json"
+        options.plot = options.plot or RESULTS / f"{name}.png"
     if options.plot and not options.compare:
         parser.error("--plot draws a ratio: add --compare splash")
     for name in ("head_dim", "length", "jobs"):
@@ -105,16 +132,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         for value in values if isinstance(values, list) else [values]:
             if value <= 0:
                 parser.error(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    if options.training and not options.compare:
+        parser.error("--training is for a comparison; a case takes --set training=True, say")
     if options.set and options.compare:
         parser.error("--set is for one case: block sizes of a comparison are swept or defaults")
     options.set = dict(_setting(parser, text) for text in options.set)
     return options
 
 
-def _setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, int | bool]:
-    name, _, value = text.partition("=")
+def _setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, list[int | bool]]:
+    name, _, values = text.partition("=")
     try:
-        return name, ast.literal_eval(value)
+        return name, [ast.literal_eval(value) for value in values.split(",")]
     except (SyntaxError, ValueError):
         parser.error(f"--set has {text!r}; it must be NAME=VALUE, VALUE a number, True or False")
 

@@ -2,18 +2,26 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kernels.benchmarks.schedule import cases
-from kernels.benchmarks.schedule.compiler import OutOfVmemError, schedule
+from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError, schedule
 from kernels.benchmarks.schedule.cost import Cost, cost, measure
 
 SPLASH = f"{cases.__name__}:splash"
 GQE = f"{cases.__name__}:gqe"
-# What the sweep tries, but for blocks beyond the length and computed parts beyond their block.
-BLOCK_Q = BLOCK_KV = (512, 1024, 2048)
-BLOCK_KV_COMPUTE = (256, 512, 1024)
+# What the sweeps try: blocks of queries, blocks of keys, and the part of those computed at a time.
+FORWARD = tuple(
+    {"block_q": q, "block_kv": kv, "block_kv_compute": compute}
+    for q, kv, compute in itertools.product((512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024))
+    if compute <= kv
+)
+BACKWARD = tuple(
+    {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": compute}
+    for q, kv, compute in itertools.product((512, 1024), (512, 1024), (256, 512, 1024))
+    if compute <= kv
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +29,17 @@ class Comparison:
     """One head size and length on one chip.
 
     Attributes:
-      sweep: estimated cycles of splash attention at every block size tried; None where the blocks
-        do not fit in VMEM.
+      training: the forward and the backward pass, not the forward alone.
+      sweep: estimated cycles of splash attention's kernels at all block sizes tried, least first.
     """
 
     chip: str
     head_dim: int
     length: int
+    training: bool
     splash: Cost
     gqe: Cost
-    sweep: dict[str, int | None]
+    sweep: dict[str, int]
 
     @property
     def ratio(self) -> float:
@@ -38,73 +47,125 @@ class Comparison:
         return self.splash.cycles / self.gqe.cycles
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    """Block sizes, and the cycles that the kernels they are for take at each length."""
+
+    blocks: dict[str, int]
+    cycles: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    chip: str
+    head_dim: int
+    lengths: tuple[int, ...]
+    pool: ThreadPoolExecutor
+    progress: Callable[[str], None]
+
+
 def compare(
     chip: str,
     head_dim: int,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int],
     *,
+    training: bool = False,
     jobs: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Comparison]:
-    """Comparisons at each length, of which the sweep is done once.
+    """Comparisons at each length.
 
-    The bundles of a region depend on the length only through addresses, so the sweep compiles for
-    the longest one and counts executions for each; the winner is compiled again at its own length.
+    The bundles of a region depend on the length only through addresses, so a sweep compiles for the
+    longest one and counts executions for each; the winner is compiled again at its own length.
     """
-    sweep = _sweep_splash(chip, head_dim, lengths, jobs, progress)
-    for length in lengths:
-        fits = {key: cycles[length] for key, cycles in sweep.items() if cycles and length in cycles}
-        best = min(fits, key=fits.get)
-        progress(f"{chip}, D = {head_dim}, {length} tokens: splash at {_name(best)}, then GQE")
-        options = {"length": length, "head_dim": head_dim}
-        with ThreadPoolExecutor(jobs) as pool:
-            splash = pool.submit(measure, SPLASH, chip, {**options, **dict(best)})
-            gqe = pool.submit(measure, GQE, chip, options)
+    with ThreadPoolExecutor(jobs) as pool:
+        sweep = _Sweep(chip, head_dim, tuple(lengths), pool, progress)
+        forward = _try(sweep, "forward", FORWARD, ["splash_mha_fwd_no_residuals"])[0]
+        backward = _backward(sweep) if training else []
+        for length in lengths:
+            passes = [[x for x in tried if length in x.cycles] for tried in (forward, backward)]
+            blocks = {}
+            for tried in filter(None, passes):
+                blocks |= _best(tried, length).blocks
+            progress(f"{chip}, D = {head_dim}, {length} tokens: splash at {_name(blocks)}, and GQE")
+            shape = {"length": length, "head_dim": head_dim}
+            splash = pool.submit(measure, SPLASH, chip, shape | blocks)
+            gqe = pool.submit(measure, GQE, chip, shape | ({"training": True} if training else {}))
+            tried = sorted(itertools.chain(*passes), key=lambda x: x.cycles[length])
             yield Comparison(
                 chip,
                 head_dim,
                 length,
+                training,
                 splash.result(),
                 gqe.result(),
-                {_name(key): cycles and cycles.get(length) for key, cycles in sweep.items()},
+                {_name(x.blocks): x.cycles[length] for x in tried},
             )
 
 
-def _sweep_splash(chip, head_dim, lengths, jobs, progress) -> dict:
-    longest = max(lengths)
-    candidates = [
-        (("block_q", q), ("block_kv", kv), ("block_kv_compute", compute))
-        for q, kv, compute in itertools.product(BLOCK_Q, BLOCK_KV, BLOCK_KV_COMPUTE)
-        if compute <= kv and max(q, kv) <= longest
-    ]
+def _backward(sweep: _Sweep) -> list[_Tried]:
+    """Both ways: dQ by the kernel for dK and dV, and by one of its own.
 
-    def cycles(blocks) -> dict[int, int] | None:
-        options = {"head_dim": head_dim, **dict(blocks)}
+    The two kernels of the second way are tried with the same blocks; the best of each go together.
+    """
+    of_keys, of_queries = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
+    tried = _try(sweep, "backward in one kernel", BACKWARD, [of_keys])[0]
+    apart = [
+        x | {"block_q_dq": x["block_q_dkv"], "block_kv_dq": x["block_kv_dkv"]} for x in BACKWARD
+    ]
+    keys, queries = _try(sweep, "backward in two kernels", apart, [of_keys, of_queries])
+    for length in sweep.lengths:
+        k, q = (_best([x for x in of if length in x.cycles], length) for of in (keys, queries))
+        blocks = k.blocks | {name: q.blocks[name] for name in ("block_q_dq", "block_kv_dq")}
+        tried.append(_Tried(blocks, {length: k.cycles[length] + q.cycles[length]}))
+    return tried
+
+
+def _try(
+    sweep: _Sweep, what: str, candidates: Sequence[dict[str, int]], kernels: Sequence[str]
+) -> list[list[_Tried]]:
+    """For each kernel, all block sizes that fit in VMEM."""
+    longest = max(sweep.lengths)
+
+    def fit(blocks: dict[str, int], length: int) -> bool:
+        return all(length % size == 0 for size in blocks.values())
+
+    def cycles(blocks: dict[str, int]) -> list[_Tried] | None:
+        options = {"head_dim": sweep.head_dim, **blocks}
         try:
-            programs = schedule(SPLASH, chip, {"length": longest, **options})
+            programs = schedule(SPLASH, sweep.chip, {"length": longest, **options})
         except OutOfVmemError:
             return None
-        counted = {}
-        for length in lengths:
-            if length % options["block_q"] == 0 and length % options["block_kv"] == 0:
+        by_length = {}
+        for length in sweep.lengths:
+            if fit(blocks, length):
                 at = {"length": length, **options}
                 case = cases.splash(**at)
-                counted[length] = cost(programs, SPLASH, chip, at, case, same_grid=False).cycles
-        return counted
+                counted = cost(programs, SPLASH, sweep.chip, at, case, same_grid=False)
+                by_length[length] = counted.kernels()
+        return [_Tried(blocks, {n: by_length[n][kernel] for n in by_length}) for kernel in kernels]
 
-    found = {}
-    with ThreadPoolExecutor(jobs) as pool:
-        for i, (blocks, counted) in enumerate(
-            zip(candidates, pool.map(cycles, candidates), strict=True)
-        ):
-            found[blocks] = counted
-            shown = "does not fit in VMEM" if counted is None else f"{counted} cycles by length"
-            progress(
-                f"{chip}, D = {head_dim}, splash sweep {i + 1}/{len(candidates)}: "
-                f"{_name(blocks)}: {shown}"
+    candidates = [blocks for blocks in candidates if fit(blocks, longest)]
+    found = [[] for _ in kernels]
+    for i, tried in enumerate(sweep.pool.map(cycles, candidates)):
+        shown = "does not fit in VMEM"
+        if tried is not None:
+            for of_kernel, x in zip(found, tried, strict=True):
+                of_kernel.append(x)
+            shown = "; ".join(
+                ", ".join(f"{n:,} cycles at {length:,}" for length, n in x.cycles.items())
+                for x in tried
             )
+        place = f"{sweep.chip}, D = {sweep.head_dim}, splash {what} {i + 1}/{len(candidates)}"
+        sweep.progress(f"{place}: {_name(candidates[i])}: {shown}")
+    if not all(found):
+        raise CompileError(f"splash attention fits in VMEM of {sweep.chip} at no block size tried")
     return found
 
 
-def _name(blocks) -> str:
-    return " × ".join(str(size) for _, size in blocks)
+def _best(tried: Sequence[_Tried], length: int) -> _Tried:
+    return min(tried, key=lambda x: x.cycles[length])
+
+
+def _name(blocks: dict[str, int]) -> str:
+    return ", ".join(f"{name.removeprefix('block_')} {size}" for name, size in blocks.items())

@@ -1,6 +1,7 @@
 """Static cycles of a whole call: bundles of each region × how often it runs."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
@@ -62,6 +63,13 @@ class Cost:
     def cycles(self) -> int:
         return sum(region.cycles for region in self.regions)
 
+    def kernels(self) -> dict[str, int]:
+        """Cycles of each Pallas kernel, by name."""
+        cycles = {}
+        for region in self.regions:
+            cycles[region.kernel] = cycles.get(region.kernel, 0) + region.cycles
+        return cycles
+
     @property
     def cycles_per_pair(self) -> float:
         """Cycles for each query token × head × key token that attention must look at."""
@@ -107,26 +115,25 @@ def cost(
         if program.opcode != "custom-call":
             others[f"{program.name} ({program.opcode})"] = len(program.bundles)
             continue
-        prefixes = [p for p in case.executions if program.name.startswith(p)]
-        if case.executions and len(prefixes) != 1:
+        kernel = re.sub(r"\.\d+$", "", program.name)
+        if case.executions and kernel not in case.executions:
             raise ScheduleError(
-                f"kernel {program.name!r} is described {len(prefixes)} times in the case; it must "
-                f"be once: the case describes {', '.join(map(repr, case.executions))}"
+                f"the compiled call has a kernel {kernel!r}, which the case does not count; it "
+                f"counts {', '.join(map(repr, case.executions))}"
             )
-        described.update(prefixes)
-        runs = case.executions[prefixes[0]] if prefixes else None
-        split = 1
+        described.add(kernel)
+        runs, split = case.executions.get(kernel), 1
         if runs and same_grid:
             split = _split(program, tree, runs["grid"], chip(chip_name).cores)
         cores = max(cores, split)
-        regions += _count(program, tree, runs, split, same_grid)
+        regions += _count(kernel, program, tree, runs, split, same_grid)
     missing = set(case.executions) - described
     if missing:
         raise ScheduleError(f"the compiled call has no kernel named {', '.join(sorted(missing))}")
     return Cost(name, chip_name, options, tuple(regions), others, cores, case.pairs, case.macs)
 
 
-def _count(program, tree, runs, split, same_grid) -> list[RegionCost]:
+def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
     labels = [region.label for region in tree.walk() if region.label is not None]
     for label in set(runs or ()) - {"grid"}:
         # A body that every grid step runs is under no branch: the compiler joins it to the step.
@@ -147,7 +154,7 @@ def _count(program, tree, runs, split, same_grid) -> list[RegionCost]:
         }
         costs.append(
             RegionCost(
-                kernel=program.name,
+                kernel=kernel,
                 region=region.label or _PLAIN_NAMES.get((region.kind, depth), region.kind),
                 depth=depth,
                 bundles=len(own),

@@ -29,9 +29,8 @@ def text(cost: Cost) -> str:
                 f"{region.fills:,}",
             ]
         )
-    options = ", ".join(f"{name}={value}" for name, value in cost.options.items())
     kernels = ", ".join(dict.fromkeys(region.kernel for region in cost.regions))
-    lines = [f"{cost.case.partition(':')[2]} on {cost.chip} ({options}): {kernels}"]
+    lines = [f"{cost.case.partition(':')[2]} on {cost.chip} ({settings(cost)}): {kernels}"]
     lines += _align([head, *rows])
     if cost.pairs:
         lines.append(
@@ -45,6 +44,11 @@ def text(cost: Cost) -> str:
     return "\n".join(lines)
 
 
+def settings(cost: Cost) -> str:
+    """The options that the case was built with."""
+    return ", ".join(f"{name}={value}" for name, value in cost.options.items())
+
+
 def _align(table: Sequence[Sequence[str]]) -> list[str]:
     name, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     return [
@@ -55,14 +59,15 @@ def _align(table: Sequence[Sequence[str]]) -> list[str]:
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """One row a comparison."""
     lines = [
-        "| chip | D | tokens | splash blocks (q × kv × compute) | splash, cycles | GQE, cycles "
+        "| chip | D | tokens | pass | splash's blocks | splash, cycles | GQE, cycles "
         "| ratio | splash, cycles a pair | GQE, cycles a pair | splash, MACs | GQE, MACs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in comparisons:
         blocks = " × ".join(str(v) for k, v in c.splash.options.items() if k.startswith("block"))
+        kind = "both" if c.training else "forward"
         lines.append(
-            f"| {c.chip} | {c.head_dim} | {c.length:,} | {blocks} | {c.splash.cycles:,} "
+            f"| {c.chip} | {c.head_dim} | {c.length:,} | {kind} | {blocks} | {c.splash.cycles:,} "
             f"| {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.splash.cycles_per_pair:.5f} "
             f"| {c.gqe.cycles_per_pair:.5f} | {c.splash.mac_share:.0%} | {c.gqe.mac_share:.0%} |"
         )
@@ -91,6 +96,7 @@ def _plain(result: Cost | Comparison) -> dict:
         "chip": result.chip,
         "head_dim": result.head_dim,
         "length": result.length,
+        "training": result.training,
         "ratio": result.ratio,
         "splash": _plain(result.splash),
         "gqe": _plain(result.gqe),
