@@ -14,8 +14,18 @@ GQE = f"{cases.__name__}:gqe"
 # What the sweeps try: blocks of queries, blocks of keys, and the part of those computed at a time.
 FORWARD = tuple(
     {"block_q": q, "block_kv": kv, "block_kv_compute": compute}
-    for q, kv, compute in itertools.product((512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024))
-    if compute <= kv
+    for q, kv, compute in (
+        (512, 512, 512),
+        (512, 1024, 512),
+        (1024, 512, 512),
+        *itertools.product((1024,), (1024,), (256, 512, 1024)),
+        *itertools.product((1024,), (2048, 4096), (512, 1024)),
+        *itertools.product((2048,), (1024, 2048), (512, 1024)),
+        (2048, 2048, 2048),
+        (2048, 4096, 1024),
+        (4096, 2048, 1024),
+        (4096, 4096, 1024),
+    )
 )
 BACKWARD = tuple(
     {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": compute}
@@ -133,7 +143,7 @@ def _try(
     def cycles(blocks: dict[str, int]) -> list[_Tried] | None:
         options = {"head_dim": sweep.head_dim, **blocks}
         try:
-            programs = schedule(SPLASH, sweep.chip, {"length": longest, **options})
+            programs = schedule(SPLASH, sweep.chip, {"length": longest, **options}, like=like)
         except OutOfVmemError:
             return None
         by_length = {}
@@ -146,6 +156,8 @@ def _try(
         return [_Tried(blocks, {n: by_length[n][kernel] for n in by_length}) for kernel in kernels]
 
     candidates = [blocks for blocks in candidates if fit(blocks, longest)]
+    first = {"length": longest, "head_dim": sweep.head_dim, **candidates[0]}
+    like = schedule(SPLASH, sweep.chip, first)
     found = [[] for _ in kernels]
     for i, tried in enumerate(sweep.pool.map(cycles, candidates)):
         shown = "does not fit in VMEM"

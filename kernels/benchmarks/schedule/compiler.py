@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
@@ -28,30 +29,40 @@ class OutOfVmemError(CompileError):
 
 
 def schedule(
-    case: str, chip_name: str, options: dict, *, labels: bool = True, timeout: float = 1800
+    case: str,
+    chip_name: str,
+    options: dict,
+    *,
+    like: Sequence[tuple[Program, Region]] | None = None,
+    timeout: float = 1800,
 ) -> list[tuple[Program, Region]]:
     """The scheduled instructions of a case, each with its tree of regions.
+
+    The case is compiled a second time with traces, from which the regions take the names of the
+    `jax.named_scope`s inside the kernel and of the functions under `pl.when`. The figures are those
+    of the compile without traces.
 
     Args:
       case: "module:function"; the function takes `options` and returns an object with `function`
         and `arguments` (`jax.ShapeDtypeStruct`s).
-      labels: compile a second time with traces, from which the regions take the names of the
-        `jax.named_scope`s inside the kernel and of the functions under `pl.when`. The figures are
-        those of the compile without traces.
+      like: the case with other options, to take the labels from instead: for a sweep of block
+        sizes, which leave libtpu's numbers of the regions alone.
+      timeout: seconds for a compile.
 
     Raises:
-      CompileError: the compiler refused the kernel, for want of VMEM for instance.
+      CompileError: the compiler refused the kernel.
       ScheduleError: the dump cannot be read.
     """
-    programs = _compile(case, chip_name, options, False, timeout)
     slots = chip(chip_name).delay_slots
-    trees = [regions(program, slots) for program in programs]
-    if labels:
-        traced = {p.name: p for p in _compile(case, chip_name, options, True, timeout)}
-        for program, tree in zip(programs, trees, strict=True):
-            if program.opcode == "custom-call" and program.name in traced:
-                _take_labels(tree, regions(traced[program.name], slots))
-    return list(zip(programs, trees, strict=True))
+    found = [(p, regions(p, slots)) for p in _compile(case, chip_name, options, False, timeout)]
+    if like is None:
+        traced = _compile(case, chip_name, options, True, timeout)
+        like = [(p, regions(p, slots)) for p in traced if p.opcode == "custom-call"]
+    labelled = {program.name: tree for program, tree in like}
+    for program, tree in found:
+        if program.name in labelled:
+            _take_labels(tree, labelled[program.name])
+    return found
 
 
 def _take_labels(tree: Region, traced: Region) -> None:
