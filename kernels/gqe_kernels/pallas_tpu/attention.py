@@ -178,11 +178,12 @@ def _attention_backward(static, residuals, d_slots):
             tiles=tiles,
             scale=static.scale,
             vmem_bytes=blocks.vmem_bytes,
+            launch=launch,
             first_block=first,
             num_q=count,
             sum_dtype=sum_dtype,
         )
-        for first, count in launches
+        for launch, (first, count) in enumerate(launches)
     ]
     of_queries, of_keys = zip(*((part[:2], part[2:]) for part in parts), strict=True)
     d_query, d_shared_query = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_queries)

@@ -85,8 +85,8 @@ def _kernel(
     def start_queries():
         d_query_scr[local_i] = jnp.zeros_like(d_query_scr[local_i])
 
-    def all_heads(masked: bool):
-        if masked:
+    def all_heads(mask: bool):
+        if mask:
             segments = (None, None)
             if tiles.segments:
                 segments = q_segment_ref[...], kv_segment_ref[...]
@@ -97,13 +97,13 @@ def _kernel(
                 own = slice(head * row, (head + 1) * row)
                 query, d_out = selected_ref[:, own], d_out_ref[:, own]
                 logits = dot(key, query, NT)
-                if masked:
+                if mask:
                     logits += bias_scr[...]
                 weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
                 d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
                 d_weights = dot(value, d_out, NT) - delta_ref[head : head + 1, :]
                 d_logits = weights * d_weights
-                if masked and tiles.kv_ragged:
+                if mask and tiles.kv_ragged:
                     # Keys beyond the last hold anything, NaN too, and dQ sums over them.
                     exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
                     exists = exists < tiles.kv_len - j * tiles.kv
@@ -112,13 +112,19 @@ def _kernel(
                 d_key_scr[u] += dot(d_logits, query, NN)
                 d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
 
+    def interior():
+        all_heads(mask=False)
+
+    def masked():
+        all_heads(mask=True)
+
     run = runs(tiles, table, b, i, j, j, i)
     if tiles.ever_masked:
-        interior = is_interior(tiles, table, b, i, j)
-        pl.when(run & interior)(lambda: all_heads(masked=False))
-        pl.when(run & ~interior)(lambda: all_heads(masked=True))
+        all_visible = is_interior(tiles, table, b, i, j)
+        pl.when(run & all_visible)(interior)
+        pl.when(run & ~all_visible)(masked)
     else:
-        pl.when(run)(lambda: all_heads(masked=False))
+        pl.when(run)(interior)
 
     @pl.when(local_i == num_q - 1)
     def finish_keys():
@@ -164,6 +170,7 @@ def backward(
     tiles: Tiles,
     scale: float,
     vmem_bytes: int,
+    launch: int,
     first_block: int,
     num_q: int,
     sum_dtype,
@@ -264,7 +271,7 @@ def backward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes
         ),
-        name="gqe_backward",
+        name=f"gqe_backward_{launch}",
     )(
         table,
         selected,

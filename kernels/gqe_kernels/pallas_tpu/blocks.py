@@ -10,12 +10,14 @@ class BlockSizes:
 
     Args:
       q, kv: rows of the forward pass; multiples of 128.
+      strip: rows of queries that one chain of products and softmax works on; divides q.
       row_sum_on_mxu: sum the probabilities by a column of ones beside V.
       bfloat16_exp: exponentials of bfloat16 arguments, for chips whose vector unit has them.
     """
 
     q: int = 512
     kv: int = 512
+    strip: int = 512
     row_sum_on_mxu: bool = False
     bfloat16_exp: bool = False
     backward_q: int = 512
@@ -33,4 +35,4 @@ class BlockSizes:
 def default_block_sizes(layout, q_len: int, kv_len: int, dtype) -> BlockSizes:
     q = min(512, -(-q_len // 128) * 128)
     kv = min(512, -(-kv_len // 128) * 128)
-    return BlockSizes(q, kv, backward_q=q, backward_kv=kv)
+    return BlockSizes(q, kv, strip=q, backward_q=q, backward_kv=kv)

@@ -77,30 +77,33 @@ def _kernel(
         if sum_scr is not None:
             sum_scr[...] = jnp.zeros_like(sum_scr)
 
-    def attend(head, key, value, masked: bool):
+    def attend(head, key, value, mask: bool):
         """One tile of one head; `value` has the columns of ones, if the sum is the MXU's."""
-        logits = dot(query_scr[head], key, NT)
-        if masked:
-            logits += bias_scr[...]
-        old_max = max_scr[head]
-        new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
-        max_scr[head] = new_max
-        logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
-        if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
-            logits = logits.astype(jnp.bfloat16)
-        weights = jnp.exp2(logits)
-        rescale = jnp.exp2(old_max - new_max)
-        out = dot(weights.astype(value.dtype), value, NN)
-        acc_scr[head] = acc_scr[head] * jnp.tile(rescale, (1, row // LANES)) + out[:, :row]
-        if sum_scr is None:
-            return
-        if blocks.row_sum_on_mxu:
-            partial = out[:, row:]
-        else:  # by lane: the lanes are added up once, at the end
-            partial = sum(
-                weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
-            )
-        sum_scr[head] = sum_scr[head] * rescale + partial
+        for start in range(0, tiles.q, blocks.strip):
+            rows = slice(start, start + blocks.strip)
+            logits = dot(query_scr[head, rows], key, NT)
+            if mask:
+                logits += bias_scr[rows]
+            old_max = max_scr[head, rows]
+            new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+            max_scr[head, rows] = new_max
+            logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
+            if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
+                logits = logits.astype(jnp.bfloat16)
+            weights = jnp.exp2(logits)
+            rescale = jnp.exp2(old_max - new_max)
+            out = dot(weights.astype(value.dtype), value, NN)
+            rescaled = acc_scr[head, rows] * jnp.tile(rescale, (1, row // LANES))
+            acc_scr[head, rows] = rescaled + out[:, :row]
+            if sum_scr is None:
+                continue
+            if blocks.row_sum_on_mxu:
+                partial = out[:, row:]
+            else:  # by lane: the lanes are added up once, at the end
+                partial = sum(
+                    weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
+                )
+            sum_scr[head, rows] = sum_scr[head, rows] * rescale + partial
 
     def beside_ones(value, half: int):
         if ones_in_row:
@@ -109,14 +112,14 @@ def _kernel(
             return jnp.concatenate([value, jnp.ones((tiles.kv, LANES), value.dtype)], axis=1)
         return value
 
-    def all_heads(masked: bool):
-        ragged = masked and tiles.kv_ragged
+    def all_heads(mask: bool):
+        ragged = mask and tiles.kv_ragged
 
         def load(ref, lanes):
             x = ref[:, lanes]
             return zero_beyond(x, j * tiles.kv, tiles.kv_len) if ragged else x
 
-        if masked:
+        if mask:
             segments = (None, None)
             if tiles.segments:
                 segments = q_segment_ref[...], kv_segment_ref[...]
@@ -129,27 +132,35 @@ def _kernel(
                 value_half = beside_ones(value, half)
                 for rank in range(layout.k):
                     head = (u * layout.groups_per_unit + half) * layout.k + rank
-                    attend(head, key, value_half, masked)
+                    attend(head, key, value_half, mask)
 
         for u in range(layout.units):
             unit(u)
         if layout.shared:
             every = slice(None)
             key, value = load(shared_key_ref, every), load(shared_value_ref, every)
-            attend(layout.hard, key, beside_ones(value, 0), masked)
+            attend(layout.hard, key, beside_ones(value, 0), mask)
+
+    def interior():
+        all_heads(mask=False)
+
+    def masked():
+        all_heads(mask=True)
 
     run = runs(tiles, table, b, i, j, i, j)
     if tiles.ever_masked:
-        interior = is_interior(tiles, table, b, i, j)
-        pl.when(run & interior)(lambda: all_heads(masked=False))
-        pl.when(run & ~interior)(lambda: all_heads(masked=True))
+        all_visible = is_interior(tiles, table, b, i, j)
+        pl.when(run & all_visible)(interior)
+        pl.when(run & ~all_visible)(masked)
     else:
-        pl.when(run)(lambda: all_heads(masked=False))
+        pl.when(run)(interior)
 
     @pl.when(j == tiles.num_kv - 1)
     def finish():
+        # Of each head, in its own lane: the total and the maximum, so that a logarithm serves all.
         lane = jax.lax.broadcasted_iota(jnp.int32, (tiles.q, -(-layout.heads // LANES) * LANES), 1)
-        logsumexp = jnp.zeros(lane.shape, jnp.float32)
+        totals = jnp.zeros(lane.shape, jnp.float32)
+        maxima = jnp.zeros(lane.shape, jnp.float32)
         weighted = jnp.zeros((tiles.q, row), jnp.float32)
         pending = None
 
@@ -177,11 +188,12 @@ def _kernel(
             else:
                 total = jnp.sum(sum_scr[head], axis=1, keepdims=True)
                 total = jnp.broadcast_to(total, (tiles.q, LANES))
-            seen = total > 0
-            # A row that saw nothing gets a logsumexp that makes every probability of it zero.
-            log_total = jnp.where(seen, max_scr[head] + jnp.log2(total), -NOTHING_SEEN)
-            logsumexp = jnp.where(lane == head, log_total[:, :1], logsumexp)
-            inverse = jnp.where(seen, 1.0 / total, 0.0)
+            own_lane = lane == head
+            repeats = (1, lane.shape[1] // LANES)
+            totals = jnp.where(own_lane, jnp.tile(total, repeats), totals)
+            maxima = jnp.where(own_lane, jnp.tile(max_scr[head], repeats), maxima)
+            # A row that has seen a key has seen its maximum, and its total is 1 at least.
+            inverse = 1.0 / jnp.maximum(total, 0.5)
             out = acc * jnp.tile(inverse, (1, row // LANES))
             if head < layout.hard:
                 if layout.weighted:
@@ -191,10 +203,12 @@ def _kernel(
                     pending = put(layout.weighted_slot, weighted, pending)
             else:
                 pending = put(layout.shared_slot, out, pending)
+        # A row that saw nothing gets a logsumexp that makes every probability of it zero.
+        seen = totals > 0
         if tiles.q_ragged:  # the backward pass reads whole blocks
-            query = jax.lax.broadcasted_iota(jnp.int32, logsumexp.shape, 0)
-            exists = query < tiles.q_len - i * tiles.q
-            logsumexp = jnp.where(exists, logsumexp, -NOTHING_SEEN)
+            query = jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0)
+            seen &= query < tiles.q_len - i * tiles.q
+        logsumexp = jnp.where(seen, maxima + jnp.log2(jnp.maximum(totals, 0.5)), -NOTHING_SEEN)
         logsumexp_ref[...] = logsumexp.T[: layout.padded_heads]
 
 
