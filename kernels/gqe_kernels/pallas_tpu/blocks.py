@@ -3,7 +3,6 @@
 import dataclasses
 
 
-
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
     """Rows of queries and of keys that one grid step holds in VMEM, and how it works on them.

@@ -77,33 +77,32 @@ def _kernel(
         if sum_scr is not None:
             sum_scr[...] = jnp.zeros_like(sum_scr)
 
-    def attend(head, key, value, mask: bool):
+    def score(head, rows, key, mask: bool):
+        logits = dot(query_scr[head, rows], key, NT)
+        return logits + bias_scr[rows] if mask else logits
+
+    def combine(head, rows, logits, value):
         """One tile of one head; `value` has the columns of ones, if the sum is the MXU's."""
-        for start in range(0, tiles.q, blocks.strip):
-            rows = slice(start, start + blocks.strip)
-            logits = dot(query_scr[head, rows], key, NT)
-            if mask:
-                logits += bias_scr[rows]
-            old_max = max_scr[head, rows]
-            new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
-            max_scr[head, rows] = new_max
-            logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
-            if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
-                logits = logits.astype(jnp.bfloat16)
-            weights = jnp.exp2(logits)
-            rescale = jnp.exp2(old_max - new_max)
-            out = dot(weights.astype(value.dtype), value, NN)
-            rescaled = acc_scr[head, rows] * jnp.tile(rescale, (1, row // LANES))
-            acc_scr[head, rows] = rescaled + out[:, :row]
-            if sum_scr is None:
-                continue
-            if blocks.row_sum_on_mxu:
-                partial = out[:, row:]
-            else:  # by lane: the lanes are added up once, at the end
-                partial = sum(
-                    weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
-                )
-            sum_scr[head, rows] = sum_scr[head, rows] * rescale + partial
+        old_max = max_scr[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+        max_scr[head, rows] = new_max
+        logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
+        if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
+            logits = logits.astype(jnp.bfloat16)
+        weights = jnp.exp2(logits)
+        rescale = jnp.exp2(old_max - new_max)
+        out = dot(weights.astype(value.dtype), value, NN)
+        rescaled = acc_scr[head, rows] * jnp.tile(rescale, (1, row // LANES))
+        acc_scr[head, rows] = rescaled + out[:, :row]
+        if sum_scr is None:
+            return
+        if blocks.row_sum_on_mxu:
+            partial = out[:, row:]
+        else:  # by lane: the lanes are added up once, at the end
+            partial = sum(
+                weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
+            )
+        sum_scr[head, rows] = sum_scr[head, rows] * rescale + partial
 
     def beside_ones(value, half: int):
         if ones_in_row:
@@ -125,21 +124,32 @@ def _kernel(
                 segments = q_segment_ref[...], kv_segment_ref[...]
             bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=1)
 
-        def unit(u):
-            lanes = pl.ds(u * row, row)
-            key, value = load(key_ref, lanes), load(value_ref, lanes)
-            for half in range(layout.groups_per_unit):
-                value_half = beside_ones(value, half)
-                for rank in range(layout.k):
-                    head = (u * layout.groups_per_unit + half) * layout.k + rank
-                    attend(head, key, value_half, mask)
+        def work():
+            """Heads and rows, with the keys and values that they read."""
+            for u in range(layout.units):
+                lanes = pl.ds(u * row, row)
+                key, value = load(key_ref, lanes), load(value_ref, lanes)
+                for half in range(layout.groups_per_unit):
+                    value_half = beside_ones(value, half)
+                    first = (u * layout.groups_per_unit + half) * layout.k
+                    for head in range(first, first + layout.k):
+                        yield head, key, value_half
+            if layout.shared:
+                every = slice(None)
+                key, value = load(shared_key_ref, every), load(shared_value_ref, every)
+                yield layout.hard, key, beside_ones(value, 0)
 
-        for u in range(layout.units):
-            unit(u)
-        if layout.shared:
-            every = slice(None)
-            key, value = load(shared_key_ref, every), load(shared_value_ref, every)
-            attend(layout.hard, key, beside_ones(value, 0), mask)
+        # The compiler keeps to the order written: the next product of queries and keys stands
+        # before the softmax that waits for this one's, so that the MXU has work meanwhile.
+        waiting = None
+        for head, key, value in work():
+            for start in range(0, tiles.q, blocks.strip):
+                rows = slice(start, start + blocks.strip)
+                logits = score(head, rows, key, mask)
+                if waiting is not None:
+                    combine(*waiting)
+                waiting = head, rows, logits, value
+        combine(*waiting)
 
     def interior():
         all_heads(mask=False)
@@ -279,7 +289,9 @@ def forward(
             ],
             out_specs=[
                 q_rows(layout.slots * layout.head_dim),
-                pl.BlockSpec((None, layout.padded_heads, tiles.q), lambda b, i, j, table: (b, 0, i)),
+                pl.BlockSpec(
+                    (None, layout.padded_heads, tiles.q), lambda b, i, j, table: (b, 0, i)
+                ),
             ],
             scratch_shapes=[
                 pltpu.VMEM((layout.heads, tiles.q, layout.row), query.dtype),

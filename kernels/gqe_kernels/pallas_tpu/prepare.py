@@ -48,9 +48,7 @@ def _kernel(
         if head < layout.hard:
             group = head // layout.k
             half = layout.half(group)
-            selected = select_query(
-                layout, query_ref, index_ref[:, head : head + 1], group, half
-            )
+            selected = select_query(layout, query_ref, index_ref[:, head : head + 1], group, half)
             slot = head
         else:
             half, slot = 0, layout.shared_slot

@@ -16,7 +16,9 @@ NN = (((1,), (0,)), ((), ()))  # x @ y
 def dot(x: jax.Array, y: jax.Array, dimensions) -> jax.Array:
     """Float32 result; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 @dataclasses.dataclass(frozen=True)
