@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.pallas_tpu.backward import backward
@@ -19,6 +20,7 @@ from gqe_kernels.pallas_tpu.tile import Tiles
 class _Static(NamedTuple):
     layout: Layout
     causal: bool
+    static_offset: int | None
     scale: float
     blocks: BlockSizes
 
@@ -108,7 +110,9 @@ def routed_attention(
     )
     blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, query.dtype)
     index = expert_index.astype(jnp.int32).reshape(batch, q_len, -1)
-    slots = _attention(_Static(layout, causal, float(scale), blocks), operands, index, masking)
+    offset = int(q_offset) if isinstance(q_offset, int | np.integer) else None
+    static = _Static(layout, causal, offset, float(scale), blocks)
+    slots = _attention(static, operands, index, masking)
     return slots.reshape(batch, q_len, layout.slots, width)[..., :head_dim]
 
 

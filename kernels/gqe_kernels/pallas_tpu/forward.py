@@ -12,6 +12,7 @@ from gqe_kernels.pallas_tpu.blocks import BlockSizes
 from gqe_kernels.pallas_tpu.layout import (
     LANES,
     LOG2E,
+    MASKED,
     NOTHING_SEEN,
     Layout,
     half_mask,
@@ -57,10 +58,11 @@ def _kernel(
     blocks: BlockSizes,
     scale: float,
 ):
-    b, i, j = (pl.program_id(axis) for axis in range(3))
+    b, i, step = (pl.program_id(axis) for axis in range(3))
+    j = table.last[b, i] - step  # the diagonal comes first: see `diagonal`
     row, ones_in_row = layout.row, layout.groups_per_unit == 2
 
-    @pl.when(j == 0)
+    @pl.when(step == 0)
     def start():
         for head in range(layout.hard):
             group = head // layout.k
@@ -72,37 +74,43 @@ def _kernel(
             if ones_in_row:
                 shared = jnp.concatenate([shared, jnp.zeros_like(shared)], axis=1)
             query_scr[layout.hard] = (shared * (scale * LOG2E)).astype(query_scr.dtype)
-        acc_scr[...] = jnp.zeros_like(acc_scr)
-        max_scr[...] = jnp.full_like(max_scr, NOTHING_SEEN)
-        if sum_scr is not None:
-            sum_scr[...] = jnp.zeros_like(sum_scr)
+        if not tiles.diagonal_first:
+            acc_scr[...] = jnp.zeros_like(acc_scr)
+            max_scr[...] = jnp.full_like(max_scr, NOTHING_SEEN)
+            if sum_scr is not None:
+                sum_scr[...] = jnp.zeros_like(sum_scr)
 
-    def score(head, rows, key, mask: bool):
-        logits = dot(query_scr[head, rows], key, NT)
-        return logits + bias_scr[rows] if mask else logits
-
-    def combine(head, rows, logits, value):
-        """One tile of one head; `value` has the columns of ones, if the sum is the MXU's."""
-        old_max = max_scr[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+    def combine(head, rows, logits, value, first: bool):
+        """Softmax and sum of one head's tile; `value` has the columns of ones, if any."""
+        keys = logits.shape[1]
+        new_max = jnp.max(logits, axis=1, keepdims=True)
+        if first:
+            new_max = jnp.broadcast_to(new_max, (logits.shape[0], LANES))
+        else:
+            old_max = max_scr[head, rows]
+            new_max = jnp.maximum(old_max, new_max)
+            rescale = jnp.exp2(old_max - new_max)
         max_scr[head, rows] = new_max
-        logits -= jnp.tile(new_max, (1, tiles.kv // LANES))
+        logits -= jnp.tile(new_max, (1, keys // LANES))
         if blocks.bfloat16_exp and value.dtype == jnp.bfloat16:
             logits = logits.astype(jnp.bfloat16)
         weights = jnp.exp2(logits)
-        rescale = jnp.exp2(old_max - new_max)
-        out = dot(weights.astype(value.dtype), value, NN)
-        rescaled = acc_scr[head, rows] * jnp.tile(rescale, (1, row // LANES))
-        acc_scr[head, rows] = rescaled + out[:, :row]
+        out = dot(weights.astype(value.dtype), value[:keys], NN)
+        acc = out[:, :row]
+        if not first:
+            acc += acc_scr[head, rows] * jnp.tile(rescale, (1, row // LANES))
+        acc_scr[head, rows] = acc
         if sum_scr is None:
             return
         if blocks.row_sum_on_mxu:
-            partial = out[:, row:]
+            total = out[:, row:]
         else:  # by lane: the lanes are added up once, at the end
-            partial = sum(
-                weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, tiles.kv, LANES)
+            total = sum(
+                weights[:, c : c + LANES].astype(jnp.float32) for c in range(0, keys, LANES)
             )
-        sum_scr[head, rows] = sum_scr[head, rows] * rescale + partial
+        if not first:
+            total += sum_scr[head, rows] * rescale
+        sum_scr[head, rows] = total
 
     def beside_ones(value, half: int):
         if ones_in_row:
@@ -111,18 +119,12 @@ def _kernel(
             return jnp.concatenate([value, jnp.ones((tiles.kv, LANES), value.dtype)], axis=1)
         return value
 
-    def all_heads(mask: bool):
-        ragged = mask and tiles.kv_ragged
+    def all_heads(kind: str):
+        ragged = kind != "interior" and tiles.kv_ragged
 
         def load(ref, lanes):
             x = ref[:, lanes]
             return zero_beyond(x, j * tiles.kv, tiles.kv_len) if ragged else x
-
-        if mask:
-            segments = (None, None)
-            if tiles.segments:
-                segments = q_segment_ref[...], kv_segment_ref[...]
-            bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=1)
 
         def work():
             """Heads and rows, with the keys and values that they read."""
@@ -139,33 +141,57 @@ def _kernel(
                 key, value = load(shared_key_ref, every), load(shared_value_ref, every)
                 yield layout.hard, key, beside_ones(value, 0)
 
+        def score(head, rows, key):
+            if kind == "interior":
+                return dot(query_scr[head, rows], key, NT)
+            if kind == "masked":
+                return dot(query_scr[head, rows], key, NT) + bias_scr[rows]
+            logits = dot(query_scr[head, rows], key[: rows.stop], NT)
+            below, on = logits[:, : rows.start], logits[:, rows.start :] + bias_scr[...]
+            return jnp.concatenate([below, on], axis=1) if rows.start else on
+
         # The compiler keeps to the order written: the next product of queries and keys stands
         # before the softmax that waits for this one's, so that the MXU has work meanwhile.
         waiting = None
         for head, key, value in work():
             for start in range(0, tiles.q, blocks.strip):
                 rows = slice(start, start + blocks.strip)
-                logits = score(head, rows, key, mask)
+                logits = score(head, rows, key)
                 if waiting is not None:
                     combine(*waiting)
-                waiting = head, rows, logits, value
+                waiting = head, rows, logits, value, kind == "diagonal"
         combine(*waiting)
 
     def interior():
-        all_heads(mask=False)
+        all_heads("interior")
 
     def masked():
-        all_heads(mask=True)
+        segments = (None, None)
+        if tiles.segments:
+            segments = q_segment_ref[...], kv_segment_ref[...]
+        bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=1)
+        all_heads("masked")
+
+    def diagonal():
+        """The first tile of its queries: nothing to rescale, and no keys above the diagonal."""
+        row_index, column = (
+            jax.lax.broadcasted_iota(jnp.int32, bias_scr.shape, axis) for axis in (0, 1)
+        )
+        bias_scr[...] = jnp.where(column <= row_index, 0.0, MASKED)
+        all_heads("diagonal")
 
     run = runs(tiles, table, b, i, j, i, j)
-    if tiles.ever_masked:
+    if tiles.diagonal_first:
+        pl.when(step == 0)(diagonal)
+        pl.when(run & (step > 0))(interior)
+    elif tiles.ever_masked:
         all_visible = is_interior(tiles, table, b, i, j)
         pl.when(run & all_visible)(interior)
         pl.when(run & ~all_visible)(masked)
     else:
         pl.when(run)(interior)
 
-    @pl.when(j == tiles.num_kv - 1)
+    @pl.when(step == tiles.num_kv - 1)
     def finish():
         # Of each head, in its own lane: the total and the maximum, so that a logarithm serves all.
         lane = jax.lax.broadcasted_iota(jnp.int32, (tiles.q, -(-layout.heads // LANES) * LANES), 1)
@@ -235,6 +261,7 @@ def forward(
     *,
     layout: Layout,
     causal: bool,
+    static_offset: int | None,
     scale: float,
     blocks: BlockSizes,
 ) -> tuple[Float[Array, "batch q_len slot_lanes"], Float[Array, "batch heads q_padded"]]:
@@ -242,16 +269,25 @@ def forward(
     batch, q_len, _ = query.shape
     kv_len = key.shape[1]
     tiles = Tiles(
-        blocks.q, blocks.kv, q_len, kv_len, causal, segments=masking.q_segment is not None
+        blocks.q,
+        blocks.kv,
+        q_len,
+        kv_len,
+        causal,
+        segments=masking.q_segment is not None,
+        static_offset=static_offset,
     )
     table = visits(masking, causal, q_len, kv_len, tiles.q, tiles.kv, outer="q")
 
     def q_rows(lanes):
         return pl.BlockSpec((None, tiles.q, lanes), lambda b, i, j, table: (b, i, 0))
 
-    def kv_block(b, i, j, table):
-        # Blocks that are not visited name their neighbour, so that nothing is fetched for them.
-        return jnp.clip(j, table.first[b, i], jnp.maximum(table.last[b, i], table.first[b, i]))
+    def kv_block(b, i, step, table):
+        # Once its own blocks are done, a row of blocks names the next row's first, so that it is
+        # fetched behind the last product; blocks that are not visited are not fetched.
+        block = table.last[b, i] - step
+        following = table.last[b, jnp.minimum(i + 1, tiles.num_q - 1)]
+        return jnp.maximum(jnp.where(block >= table.first[b, i], block, following), 0)
 
     def kv_rows(lanes):
         return pl.BlockSpec(
@@ -269,6 +305,10 @@ def forward(
     sums = None
     if layout.groups_per_unit == 1:
         sums = pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32)
+    bias = None
+    if tiles.ever_masked:
+        shape = (blocks.strip, blocks.strip) if tiles.diagonal_first else (tiles.q, tiles.kv)
+        bias = pltpu.VMEM(shape, jnp.float32)
     padded = tiles.num_q * tiles.q
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
@@ -298,7 +338,7 @@ def forward(
                 pltpu.VMEM((layout.heads, tiles.q, layout.row), jnp.float32),
                 pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32),
                 sums,
-                pltpu.VMEM((tiles.q, tiles.kv), jnp.float32) if tiles.ever_masked else None,
+                bias,
             ],
         ),
         out_shape=[

@@ -31,6 +31,22 @@ class Tiles:
     kv_len: int
     causal: bool
     segments: bool
+    static_offset: int | None = None  # position of the first query, where it is known
+
+    @property
+    def diagonal_first(self) -> bool:
+        """Whether each block of queries has one block of keys on the diagonal, its last, cut from
+        corner to corner, and sees all of the others: what a prefill is."""
+        offset = self.static_offset
+        return (
+            self.causal
+            and not self.segments
+            and self.q == self.kv
+            and offset is not None
+            and offset >= 0
+            and offset % self.kv == 0
+            and offset + self.q_len <= self.kv_len
+        )
 
     @property
     def num_q(self) -> int:
