@@ -60,6 +60,7 @@ def _compare(options) -> Iterator[Comparison]:
             options.length,
             training=options.training,
             jobs=options.jobs,
+            memory=None if options.sweep_again else RESULTS / "splash_sweeps.json",
             progress=progress,
         ):
             if not options.table:
@@ -116,6 +117,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="options of the case; of several values, each in turn",
     )
     add("--jobs", type=int, default=1, help="compiles at a time")
+    add("--sweep-again", action="store_true", help="do not use the sweeps kept in results/")
     add("--json", type=Path, help="write all figures to this file")
     add("--plot", type=Path, help="write a PNG of ratio against length; with a comparison")
     options = parser.parse_args(arguments)

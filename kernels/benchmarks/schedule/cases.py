@@ -158,14 +158,14 @@ def gqe(
             block_sizes=sizes,
         )
 
-    interior, masked = causal_tiles(length, sizes.q, sizes.kv)
+    interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
     rows = length // sizes.q
     executions = {
         "gqe_forward": {
             "grid": rows * (length // sizes.kv),
             "start": rows,
             "interior": interior,
-            "masked": masked,
+            "diagonal" if sizes.q == sizes.kv else "masked": crossed,
             "finish": rows,
         }
     }

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from kernels.benchmarks.schedule import cases
-from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError, schedule
+from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError, schedule, versions
 from kernels.benchmarks.schedule.cost import Cost, cost, measure
 
 SPLASH = f"{cases.__name__}:splash"
@@ -71,6 +73,7 @@ class _Sweep:
     head_dim: int
     lengths: tuple[int, ...]
     pool: ThreadPoolExecutor
+    memory: Path | None
     progress: Callable[[str], None]
 
 
@@ -81,15 +84,20 @@ def compare(
     *,
     training: bool = False,
     jobs: int = 1,
+    memory: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Comparison]:
     """Comparisons at each length.
 
     The bundles of a region depend on the length only through addresses, so a sweep compiles for the
     longest one and counts executions for each; the winner is compiled again at its own length.
+
+    Args:
+      jobs: compiles at a time.
+      memory: a file that keeps what the sweeps found, for later comparisons by the same libtpu.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        sweep = _Sweep(chip, head_dim, tuple(lengths), pool, progress)
+        sweep = _Sweep(chip, head_dim, tuple(lengths), pool, memory, progress)
         forward = _try(sweep, "forward", FORWARD, ["splash_mha_fwd_no_residuals"])[0]
         backward = _backward(sweep) if training else []
         for length in lengths:
@@ -136,43 +144,66 @@ def _try(
 ) -> list[list[_Tried]]:
     """For each kernel, all block sizes that fit in VMEM."""
     longest = max(sweep.lengths)
+    candidates = [blocks for blocks in candidates if _divide(blocks, longest)]
+    place = f"{sweep.chip}, D = {sweep.head_dim}, splash {what}"
+    remembered = _recall(sweep.memory)
+    key = f"{place}, {sweep.lengths}"
+    known = remembered.setdefault(key, {})
+    new = [blocks for blocks in candidates if _name(blocks) not in known]
+    like = None
+    if new:
+        first = {"length": longest, "head_dim": sweep.head_dim, **new[0]}
+        like = schedule(SPLASH, sweep.chip, first)
 
-    def fit(blocks: dict[str, int], length: int) -> bool:
-        return all(length % size == 0 for size in blocks.values())
-
-    def cycles(blocks: dict[str, int]) -> list[_Tried] | None:
+    def cycles(blocks: dict[str, int]) -> dict[str, dict[str, int]] | None:
+        """By length and kernel; the length as JSON has it."""
         options = {"head_dim": sweep.head_dim, **blocks}
         try:
             programs = schedule(SPLASH, sweep.chip, {"length": longest, **options}, like=like)
         except OutOfVmemError:
             return None
-        by_length = {}
+        counted = {}
         for length in sweep.lengths:
-            if fit(blocks, length):
+            if _divide(blocks, length):
                 at = {"length": length, **options}
                 case = cases.splash(**at)
-                counted = cost(programs, SPLASH, sweep.chip, at, case, same_grid=False)
-                by_length[length] = counted.kernels()
-        return [_Tried(blocks, {n: by_length[n][kernel] for n in by_length}) for kernel in kernels]
+                total = cost(programs, SPLASH, sweep.chip, at, case, same_grid=False).kernels()
+                counted[str(length)] = {kernel: total[kernel] for kernel in kernels}
+        return counted
 
-    candidates = [blocks for blocks in candidates if fit(blocks, longest)]
-    first = {"length": longest, "head_dim": sweep.head_dim, **candidates[0]}
-    like = schedule(SPLASH, sweep.chip, first)
-    found = [[] for _ in kernels]
-    for i, tried in enumerate(sweep.pool.map(cycles, candidates)):
-        shown = "does not fit in VMEM"
-        if tried is not None:
-            for of_kernel, x in zip(found, tried, strict=True):
-                of_kernel.append(x)
-            shown = "; ".join(
-                ", ".join(f"{n:,} cycles at {length:,}" for length, n in x.cycles.items())
-                for x in tried
-            )
-        place = f"{sweep.chip}, D = {sweep.head_dim}, splash {what} {i + 1}/{len(candidates)}"
-        sweep.progress(f"{place}: {_name(candidates[i])}: {shown}")
-    if not all(found):
-        raise CompileError(f"splash attention fits in VMEM of {sweep.chip} at no block size tried")
-    return found
+    for i, found in enumerate(sweep.pool.map(cycles, new)):
+        known[_name(new[i])] = found
+        _keep(sweep.memory, remembered)
+        shown = "does not fit in VMEM" if found is None else f"cycles by length {found}"
+        sweep.progress(f"{place} {i + 1}/{len(new)}: {_name(new[i])}: {shown}")
+    fit = [blocks for blocks in candidates if known[_name(blocks)] is not None]
+    if not fit:
+        raise CompileError(f"{place}: none of the block sizes fits in VMEM")
+    return [
+        [
+            _Tried(blocks, {int(n): of[kernel] for n, of in known[_name(blocks)].items()})
+            for blocks in fit
+        ]
+        for kernel in kernels
+    ]
+
+
+def _recall(memory: Path | None) -> dict:
+    if memory is None or not memory.exists():
+        return {}
+    document = json.loads(memory.read_text())
+    return document["sweeps"] if document["versions"] == versions() else {}
+
+
+def _keep(memory: Path | None, sweeps: dict) -> None:
+    if memory is not None:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        document = {"versions": versions(), "sweeps": sweeps}
+        memory.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _divide(blocks: dict[str, int], length: int) -> bool:
+    return all(length % size == 0 for size in blocks.values())
 
 
 def _best(tried: Sequence[_Tried], length: int) -> _Tried:

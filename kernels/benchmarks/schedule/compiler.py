@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
@@ -106,6 +107,11 @@ def _compile(case, chip_name, options, traces, timeout) -> list[Program]:
             lines = done.stderr.strip().splitlines()[-12:]
             raise error(f"{case} for {chip_name} with {options}:\n" + "\n".join(lines))
         return read_dump(Path(directory))
+
+
+def versions() -> dict[str, str]:
+    """What a schedule depends on beside the kernel."""
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def load(case: str):

@@ -115,7 +115,7 @@ def cost(
         if program.opcode != "custom-call":
             others[f"{program.name} ({program.opcode})"] = len(program.bundles)
             continue
-        kernel = re.sub(r"\.\d+$", "", program.name)
+        kernel = _kernel_name(program.name)
         if case.executions and kernel not in case.executions:
             raise ScheduleError(
                 f"the compiled call has a kernel {kernel!r}, which the case does not count; it "
@@ -131,6 +131,16 @@ def cost(
     if missing:
         raise ScheduleError(f"the compiled call has no kernel named {', '.join(sorted(missing))}")
     return Cost(name, chip_name, options, tuple(regions), others, cores, case.pairs, case.macs)
+
+
+def _kernel_name(instruction: str) -> str:
+    """The `name` of a `pallas_call`, from that of its HLO instruction.
+
+    XLA numbers instructions, and JAX writes a transformation around a name: transpose(jvp(name)).
+    """
+    name = re.sub(r"\.\d+$", "", instruction)
+    transformed = re.fullmatch(r"(?:transpose_)?jvp_(.+?)_+", name)
+    return transformed[1] if transformed else name
 
 
 def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:

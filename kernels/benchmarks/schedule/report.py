@@ -3,10 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from kernels.benchmarks.schedule.compare import Comparison
+from kernels.benchmarks.schedule.compiler import versions
 from kernels.benchmarks.schedule.cost import Cost
 
 
@@ -77,8 +77,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 def write_json(path: Path, costs: Sequence[Cost | Comparison]) -> None:
     """Everything that was measured, with the versions that it depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    document = {"versions": versions, "results": [_plain(cost) for cost in costs]}
+    document = {"versions": versions(), "results": [_plain(cost) for cost in costs]}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
