@@ -12,6 +12,7 @@ from kernels.benchmarks import tpu_schedule
 from kernels.benchmarks.schedule import cases, report
 from kernels.benchmarks.schedule.bundles import ScheduleError, parse_program, regions
 from kernels.benchmarks.schedule.chips import chip
+from kernels.benchmarks.schedule.compare import Comparison
 from kernels.benchmarks.schedule.compiler import _take_labels, load
 from kernels.benchmarks.schedule.cost import cost
 
@@ -144,6 +145,68 @@ def test_causal_tiles(block_q, block_kv):
     blocks = seen.reshape(16 // block_q, block_q, 16 // block_kv, block_kv).swapaxes(1, 2)
     full, some = blocks.all((2, 3)), blocks.any((2, 3))
     assert cases.causal_tiles(16, block_q, block_kv) == (full.sum(), (some & ~full).sum())
+
+
+def test_executions_of_splash_attention():
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask_info as mask_info,
+    )
+
+    case = cases.splash(
+        2048,
+        128,
+        heads=4,
+        kv_heads=2,
+        block_q=512,
+        block_kv=1024,
+        block_q_dkv=1024,
+        block_kv_dkv=256,
+        block_kv_dkv_compute=256,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((2048, 2048)) for _ in range(4)])
+    for name, blocks in (
+        ("splash_mha_fwd_residuals", (512, 1024)),
+        ("splash_mha_dkv_no_residuals", (1024, 256)),
+    ):
+        block_mask = np.asarray(mask_info.process_mask(mask, blocks)[0].block_mask)
+        block_mask = np.broadcast_to(block_mask, (4, *block_mask.shape[1:]))
+        assert case.executions[name]["run"] == np.count_nonzero(block_mask)
+        assert case.executions[name]["grid"] == block_mask.size
+    assert case.executions["splash_mha_fwd_residuals"]["init"] == 4 * 4
+    assert case.executions["splash_mha_dkv_no_residuals"]["init"] == 2 * 8
+    assert case.pairs == 4 * 2048 * 2049 / 2
+    assert case.macs == 7 * 128 * case.pairs
+
+
+def test_launches_of_the_backward_pass_share_the_tiles():
+    case = cases.gqe(4096, 128, training=True, backward_q=256, backward_kv=512, d_query_bytes=2**23)
+    launches = [runs for name, runs in case.executions.items() if name[-1].isdigit()]
+    assert len(launches) > 1
+    tiles = cases.causal_tiles(4096, 256, 512)
+    for label, count in zip(("interior", "masked"), tiles, strict=True):
+        assert sum(runs[label] for runs in launches) == count
+    assert sum(runs["finish_queries"] for runs in launches) == 4096 // 256
+
+
+def test_reports_of_a_comparison(tmp_path):
+    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=100)
+    splash = cost([labelled()], "m:splash", "v6e", {"block_q": 512, "block_kv": 1024}, case)
+    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 0}}, pairs=10, macs=100)
+    gqe = cost([labelled()], "m:gqe", "v6e", {}, case)
+    comparison = Comparison("v6e", 128, 4096, False, splash, gqe, {"q 512": 1})
+    ratio = (ONCE + 8 * STEP + 4 * EVEN) / (ONCE + 8 * STEP)
+    assert f"| 4,096 | forward | 512 × 1024 | 217 | 181 | **{ratio:.2f}** |" in report.markdown(
+        [comparison]
+    )
+    report.write_json(tmp_path / "deep" / "x.json", [comparison])
+    (result,) = json.loads((tmp_path / "deep" / "x.json").read_text())["results"]
+    assert result["ratio"] == pytest.approx(ratio)
+    assert result["splash"]["cycles"] == 217
+    report.plot(tmp_path / "x.png", [comparison])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_peak_is_the_published_one():

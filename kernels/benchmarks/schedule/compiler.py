@@ -5,6 +5,7 @@ fresh process.
 """
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -127,6 +128,14 @@ def load(case: str):
         raise ValueError(f"case is {case!r}; it must be 'module:function' ({error})") from error
 
 
+def build(case: str, chip_name: str, options: dict):
+    """What the case's function makes of the options; it is given `chip` if it takes that."""
+    function = load(case)
+    if "chip" in inspect.signature(function).parameters:
+        options = {"chip": chip_name, **options}
+    return function(**options)
+
+
 def _worker(request: str) -> None:
     import jax
     from jax.experimental import pallas as pl
@@ -147,7 +156,7 @@ def _worker(request: str) -> None:
 
     pl.when = labelled_when
     spec = json.loads(request)
-    case = load(spec["case"])(**spec["options"])
+    case = build(spec["case"], spec["chip"], spec["options"])
     topology = topologies.get_topology_desc(
         topology_name=chip(spec["chip"]).topology, platform="tpu"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
 from kernels.benchmarks.schedule.cases import Case
 from kernels.benchmarks.schedule.chips import chip
-from kernels.benchmarks.schedule.compiler import load, schedule
+from kernels.benchmarks.schedule.compiler import build, schedule
 
 # Units that the dump counts as loads and stores of registers that the compiler ran out of.
 FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"
@@ -92,7 +92,7 @@ def measure(case: str, chip_name: str, options: Mapping[str, int | bool]) -> Cos
       ScheduleError: its dump cannot be read, or is not what the case says it is.
     """
     programs = schedule(case, chip_name, dict(options))
-    return cost(programs, case, chip_name, options, load(case)(**options))
+    return cost(programs, case, chip_name, options, build(case, chip_name, dict(options)))
 
 
 def cost(
