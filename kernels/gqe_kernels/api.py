@@ -120,7 +120,7 @@ def routed_attention(
         _check_implementation(implementation, RoutedImplementation)
         return _ROUTED[implementation](*operands, **masking)
     fallback = functools.partial(xla.routed_attention, **masking)
-    if pallas_tpu.unsupported(query, key, expert_index) is not None:
+    if pallas_tpu.unsupported(query, key, expert_index, slot_weight, shared_query) is not None:
         return fallback(*operands)
     fast = functools.partial(pallas_tpu.routed_attention, **masking)
     return jax.lax.platform_dependent(*operands, tpu=fast, default=fallback)

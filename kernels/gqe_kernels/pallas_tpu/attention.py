@@ -37,14 +37,31 @@ class _Operands(NamedTuple):
     shared_value: Float[Array, "batch kv_len row"] | None
 
 
-def unsupported(query, key, expert_index, **_) -> str | None:
+def _layout(query, expert_index, slot_weight, shared_query) -> Layout:
+    """Of the arrays as the kernels see them: a head that no row fits is padded."""
+    *_, group, expert, head_dim = query.shape
+    return Layout(
+        group=group,
+        expert=expert,
+        k=expert_index.shape[-1],
+        head_dim=head_dim if takes(group, head_dim) else -(-head_dim // LANES) * LANES,
+        weighted=slot_weight is not None,
+        shared=shared_query is not None,
+    )
+
+
+def unsupported(query, key, expert_index, slot_weight=None, shared_query=None, **_) -> str | None:
     """The argument that the kernels cannot take, with the reason; None if they take them all."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query: dtype {query.dtype}, where bfloat16 or float32 is needed"
     if query.shape[-1] % 64:
         return f"query: head_dim {query.shape[-1]}, where a multiple of 64 is needed"
-    if query.shape[1] == 0 or key.shape[1] == 0:
-        return "query, key: an empty sequence"
+    if query.size == 0 or key.size == 0:
+        return "query, key: an array without entries"
+    layout = _layout(query, expert_index, slot_weight, shared_query)
+    lengths = query.shape[1], key.shape[1]
+    if default_block_sizes(layout, *lengths, query.dtype.itemsize) is None:
+        return f"query: shape {query.shape}, of which no block fits in VMEM"
     return None
 
 
@@ -66,24 +83,17 @@ def routed_attention(
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """As `reference.routed_attention`, for the arguments that the kernels take."""
-    reason = unsupported(query, key, expert_index)
+    reason = unsupported(query, key, expert_index, slot_weight, shared_query)
     if reason is not None:
         raise NotImplementedError(f"implementation='pallas_tpu' does not take {reason}")
-    batch, q_len, group, expert, head_dim = query.shape
-    kv_len, k = key.shape[1], expert_index.shape[-1]
+    batch, q_len, _, _, head_dim = query.shape
+    kv_len = key.shape[1]
+    layout = _layout(query, expert_index, slot_weight, shared_query)
+    width = layout.head_dim
     if shared_query is not None and shared_key is None:
         shared_key, shared_value = (
             jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
         )
-    width = head_dim if takes(group, head_dim) else -(-head_dim // LANES) * LANES
-    layout = Layout(
-        group=group,
-        expert=expert,
-        k=k,
-        head_dim=width,
-        weighted=slot_weight is not None,
-        shared=shared_query is not None,
-    )
 
     def flat(x, lanes=None):
         """Heads side by side in the lanes: no copy, unless a head is padded."""
@@ -108,7 +118,7 @@ def routed_attention(
         None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
     )
-    blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, query.dtype)
+    blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, query.dtype.itemsize)
     index = expert_index.astype(jnp.int32).reshape(batch, q_len, -1)
     offset = int(q_offset) if isinstance(q_offset, int | np.integer) else None
     static = _Static(layout, causal, offset, float(scale), blocks)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gqe_kernels.pallas_tpu.layout import (
     Layout,
     expand_query,
+    for_row_chunks,
     half_mask,
     result_shape,
     swap_halves,
@@ -91,26 +92,41 @@ def _kernel(
             if tiles.segments:
                 segments = q_segment_ref[...], kv_segment_ref[...]
             bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=0)
+
+        def first_products(keys, values, lanes, head):
+            own = slice(head * row, (head + 1) * row)
+            query, d_out = selected_ref[:, own], d_out_ref[:, own]
+            return (
+                query,
+                d_out,
+                dot(keys[:, lanes], query, NT),
+                dot(values[:, lanes], d_out, NT),
+            )
+
+        def second_products(u, head, query, d_out, logits, d_weights):
+            if mask:
+                logits += bias_scr[...]
+            weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
+            d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
+            d_logits = weights * (d_weights - delta_ref[head : head + 1, :])
+            if mask and tiles.kv_ragged:
+                # Keys beyond the last hold anything, NaN too, and dQ sums over them.
+                exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
+                exists = exists < tiles.kv_len - j * tiles.kv
+                d_logits = jnp.where(exists, d_logits, 0.0)
+            d_logits = d_logits.astype(dtype)
+            d_key_scr[u] += dot(d_logits, query, NN)
+            d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
+
+        # As in the forward pass: the next head's products stand before this one's exponentials.
+        waiting = None
         for u, keys, values, lanes, heads in rows_of_kv():
-            key, value = keys[:, lanes], values[:, lanes]
             for head in heads:
-                own = slice(head * row, (head + 1) * row)
-                query, d_out = selected_ref[:, own], d_out_ref[:, own]
-                logits = dot(key, query, NT)
-                if mask:
-                    logits += bias_scr[...]
-                weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
-                d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
-                d_weights = dot(value, d_out, NT) - delta_ref[head : head + 1, :]
-                d_logits = weights * d_weights
-                if mask and tiles.kv_ragged:
-                    # Keys beyond the last hold anything, NaN too, and dQ sums over them.
-                    exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
-                    exists = exists < tiles.kv_len - j * tiles.kv
-                    d_logits = jnp.where(exists, d_logits, 0.0)
-                d_logits = d_logits.astype(dtype)
-                d_key_scr[u] += dot(d_logits, query, NN)
-                d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
+                products = first_products(keys, values, lanes, head)
+                if waiting is not None:
+                    second_products(*waiting)
+                waiting = u, head, *products
+        second_products(*waiting)
 
     def interior():
         all_heads(mask=False)
@@ -140,20 +156,25 @@ def _kernel(
 
     @pl.when(j == tiles.num_kv - 1)
     def finish_queries():
-        def gradient(head):
-            x = d_query_scr[local_i, head].T * scale
-            if layout.groups_per_unit == 1:
-                return x
-            half = layout.half(head // layout.k)
-            return jnp.where(half_mask(x.shape, half), x, swap_halves(x))
+        def finish_rows(rows, first):
 
-        def write(column, x):
-            d_query_ref[:, column * row : (column + 1) * row] = x.astype(d_query_ref.dtype)
+            def gradient(head):
+                x = d_query_scr[local_i, head, :, rows].T * scale
+                if layout.groups_per_unit == 1:
+                    return x
+                half = layout.half(head // layout.k)
+                return jnp.where(half_mask(x.shape, half), x, swap_halves(x))
 
-        expand_query(layout, functools.cache(gradient), index_ref, write)
-        if layout.shared:
-            x = d_query_scr[local_i, layout.hard].T * scale
-            d_shared_query_ref[...] = x[:, : layout.head_dim].astype(d_shared_query_ref.dtype)
+            def write(column, x):
+                lanes = slice(column * row, (column + 1) * row)
+                d_query_ref[rows, lanes] = x.astype(d_query_ref.dtype)
+
+            expand_query(layout, functools.cache(gradient), index_ref.at[rows], write)
+            if layout.shared:
+                x = d_query_scr[local_i, layout.hard, :, rows].T * scale
+                d_shared_query_ref[rows] = x[:, : layout.head_dim].astype(d_shared_query_ref.dtype)
+
+        for_row_chunks(tiles.q, "finish_rows", finish_rows)
 
 
 def backward(

@@ -15,10 +15,13 @@ from gqe_kernels.pallas_tpu.layout import (
     MASKED,
     NOTHING_SEEN,
     Layout,
+    SlotWriter,
+    for_row_chunks,
     half_mask,
     result_shape,
     select_query,
     swap_halves,
+    widen,
 )
 from gqe_kernels.pallas_tpu.schedule import Masking, Visits, visits
 from gqe_kernels.pallas_tpu.tile import (
@@ -64,21 +67,23 @@ def _kernel(
 
     @pl.when(step == 0)
     def start():
-        for head in range(layout.hard):
-            group = head // layout.k
-            index = index_ref[:, head : head + 1]
-            chosen = select_query(layout, query_ref, index, group, layout.half(group))
-            query_scr[head] = (chosen * (scale * LOG2E)).astype(query_scr.dtype)
-        if layout.shared:
-            shared = shared_query_ref[...].astype(jnp.float32)
-            if ones_in_row:
-                shared = jnp.concatenate([shared, jnp.zeros_like(shared)], axis=1)
-            query_scr[layout.hard] = (shared * (scale * LOG2E)).astype(query_scr.dtype)
         if not tiles.diagonal_first:
             acc_scr[...] = jnp.zeros_like(acc_scr)
             max_scr[...] = jnp.full_like(max_scr, NOTHING_SEEN)
             if sum_scr is not None:
                 sum_scr[...] = jnp.zeros_like(sum_scr)
+
+        def start_rows(rows, first):
+            for head in range(layout.heads):
+                if head < layout.hard:
+                    group = head // layout.k
+                    index = index_ref[rows, head : head + 1]
+                    x = select_query(layout, query_ref.at[rows], index, group, layout.half(group))
+                else:
+                    x = widen(layout, shared_query_ref[rows].astype(jnp.float32))
+                query_scr[head, rows] = (x * (scale * LOG2E)).astype(query_scr.dtype)
+
+        for_row_chunks(tiles.q, "start_rows", start_rows)
 
     def combine(head, rows, logits, value, first: bool):
         """Softmax and sum of one head's tile; `value` has the columns of ones, if any."""
@@ -193,59 +198,50 @@ def _kernel(
 
     @pl.when(step == tiles.num_kv - 1)
     def finish():
-        # Of each head, in its own lane: the total and the maximum, so that a logarithm serves all.
-        lane = jax.lax.broadcasted_iota(jnp.int32, (tiles.q, -(-layout.heads // LANES) * LANES), 1)
-        totals = jnp.zeros(lane.shape, jnp.float32)
-        maxima = jnp.zeros(lane.shape, jnp.float32)
-        weighted = jnp.zeros((tiles.q, row), jnp.float32)
-        pending = None
-
-        def put(slot, out, pending):
-            """Writes a slot; at head_dim 64 it lies in both halves of `out`, and two make a row."""
-            if not ones_in_row:
-                out_ref[:, slot * row : (slot + 1) * row] = out.astype(out_ref.dtype)
-            elif layout.half(slot):
-                both = jnp.where(half_mask(out.shape, 1), out, pending).astype(out_ref.dtype)
-                out_ref[:, (slot // 2) * row : (slot // 2 + 1) * row] = both
-            elif slot == layout.slots - 1:
-                out_ref[:, (slot // 2) * row :] = out[:, : row // 2].astype(out_ref.dtype)
-            return out
-
-        for head in range(layout.heads):
-            acc = acc_scr[head]
-            own = layout.half(head // layout.k) if head < layout.hard else 0
-            if ones_in_row:
-                swapped = swap_halves(acc)
-                own_lanes = half_mask(acc.shape, own)
-                total = jnp.where(own_lanes, swapped, acc)
-                acc = jnp.where(own_lanes, acc, swapped)
-            elif blocks.row_sum_on_mxu:
-                total = sum_scr[head]
-            else:
-                total = jnp.sum(sum_scr[head], axis=1, keepdims=True)
-                total = jnp.broadcast_to(total, (tiles.q, LANES))
-            own_lane = lane == head
-            repeats = (1, lane.shape[1] // LANES)
-            totals = jnp.where(own_lane, jnp.tile(total, repeats), totals)
-            maxima = jnp.where(own_lane, jnp.tile(max_scr[head], repeats), maxima)
-            # A row that has seen a key has seen its maximum, and its total is 1 at least.
-            inverse = 1.0 / jnp.maximum(total, 0.5)
-            out = acc * jnp.tile(inverse, (1, row // LANES))
-            if head < layout.hard:
+        def finish_rows(rows, first):
+            # Each head's total and maximum, in its own lane: one logarithm serves all heads.
+            shape = (rows.size, -(-layout.heads // LANES) * LANES)
+            lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            totals = maxima = jnp.zeros(shape, jnp.float32)
+            weighted = jnp.zeros((rows.size, row), jnp.float32)
+            writer = SlotWriter(layout, out_ref.at[rows])
+            for head in range(layout.heads):
+                acc = acc_scr[head, rows]
+                if ones_in_row:
+                    own = layout.half(head // layout.k) if head < layout.hard else 0
+                    swapped, own_lanes = swap_halves(acc), half_mask(acc.shape, own)
+                    total = jnp.where(own_lanes, swapped, acc)
+                    acc = jnp.where(own_lanes, acc, swapped)
+                elif blocks.row_sum_on_mxu:
+                    total = sum_scr[head, rows]
+                else:
+                    total = jnp.sum(sum_scr[head, rows], axis=1, keepdims=True)
+                    total = jnp.broadcast_to(total, (rows.size, LANES))
+                repeats = (1, shape[1] // LANES)
+                totals = jnp.where(lane == head, jnp.tile(total, repeats), totals)
+                maxima = jnp.where(lane == head, jnp.tile(max_scr[head, rows], repeats), maxima)
+                # A row that has seen a key has seen its maximum, and its total is 1 at least.
+                inverse = pl.reciprocal(
+                    jnp.maximum(total, 0.5), approx=out_ref.dtype == jnp.bfloat16
+                )
+                out = acc * jnp.tile(inverse, (1, row // LANES))
+                if head == layout.hard:
+                    writer.write(layout.shared_slot, out)
+                    continue
+                writer.write(head, out)
                 if layout.weighted:
-                    weighted += weight_ref[:, head : head + 1].astype(jnp.float32) * out
-                pending = put(head, out, pending)
-                if layout.weighted and head == layout.hard - 1:
-                    pending = put(layout.weighted_slot, weighted, pending)
-            else:
-                pending = put(layout.shared_slot, out, pending)
-        # A row that saw nothing gets a logsumexp that makes every probability of it zero.
-        seen = totals > 0
-        if tiles.q_ragged:  # the backward pass reads whole blocks
-            query = jax.lax.broadcasted_iota(jnp.int32, lane.shape, 0)
-            seen &= query < tiles.q_len - i * tiles.q
-        logsumexp = jnp.where(seen, maxima + jnp.log2(jnp.maximum(totals, 0.5)), -NOTHING_SEEN)
-        logsumexp_ref[...] = logsumexp.T[: layout.padded_heads]
+                    weighted += weight_ref[rows, head : head + 1].astype(jnp.float32) * out
+                    if head == layout.hard - 1:
+                        writer.write(layout.weighted_slot, weighted)
+            # A row that saw nothing gets a logsumexp that makes every probability of it zero.
+            seen = totals > 0
+            if tiles.q_ragged:  # the backward pass reads whole blocks
+                query = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+                seen &= query < tiles.q_len - i * tiles.q - first
+            logsumexp = jnp.where(seen, maxima + jnp.log2(jnp.maximum(totals, 0.5)), -NOTHING_SEEN)
+            logsumexp_ref[:, rows] = logsumexp.T[: layout.padded_heads]
+
+        for_row_chunks(tiles.q, "finish_rows", finish_rows)
 
 
 def forward(

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -114,14 +115,13 @@ def swap_halves(x: jax.Array) -> jax.Array:
 
 
 def read_slot(layout: Layout, slots_ref, slot: int, half: int) -> jax.Array:
-    """A slot in the given half of a float32 row, the rest zero; `slots_ref`: [q, slot * head_dim]."""
+    """A slot of `slots_ref` [q, slot * head_dim], in the given half of a float32 row, else zero."""
     row, own = layout.row, layout.half(slot)
     if layout.groups_per_unit == 1:
         return slots_ref[:, slot * row : (slot + 1) * row].astype(jnp.float32)
     start = slot // 2 * row
     if slot == layout.slots - 1 and own == 0:  # no slot beside it
-        x = slots_ref[:, start : start + layout.head_dim].astype(jnp.float32)
-        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+        x = widen(layout, slots_ref[:, start : start + layout.head_dim].astype(jnp.float32))
     else:
         x = slots_ref[:, start : start + row].astype(jnp.float32)
     return jnp.where(half_mask(x.shape, half), x if own == half else swap_halves(x), 0.0)
@@ -155,3 +155,44 @@ def result_shape(like: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
     if hasattr(aval, "manual_axis_type"):  # jax 0.12; before it, the name was vma
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.manual_axis_type)
     return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)
+
+
+def widen(layout: Layout, x: jax.Array) -> jax.Array:
+    """The shared head's [q, head_dim] in the lower half of a row, where a row holds two heads."""
+    return x if layout.groups_per_unit == 1 else jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+
+
+class SlotWriter:
+    """Writes slots, in order; at head_dim 64 each comes in both halves, and two make a row."""
+
+    def __init__(self, layout: Layout, slots_ref):
+        self.layout, self.slots_ref, self.pending = layout, slots_ref, None
+
+    def write(self, slot: int, x: jax.Array) -> None:
+        layout, ref, row = self.layout, self.slots_ref, self.layout.row
+        if layout.groups_per_unit == 1:
+            ref[:, slot * row : (slot + 1) * row] = x.astype(ref.dtype)
+            return
+        start = slot // 2 * row
+        if layout.half(slot):
+            both = jnp.where(half_mask(x.shape, 1), x, self.pending)
+            ref[:, start : start + row] = both.astype(ref.dtype)
+        elif slot == layout.slots - 1:  # no slot beside it
+            ref[:, start : start + layout.head_dim] = x[:, : layout.head_dim].astype(ref.dtype)
+        self.pending = x
+
+
+def for_row_chunks(q: int, name: str, body) -> None:
+    """Work outside the tiles, on a part of the rows at a time, so that it stays in registers.
+
+    Args:
+      body: function of the chunk's rows, a `pl.ds`, and their number before it.
+      name: of the loop's body in the compiler's schedule.
+    """
+    rows = 2 * LANES if q % (2 * LANES) == 0 else LANES
+
+    @pl.loop(0, q // rows)
+    def chunk(c):
+        with jax.named_scope(name):
+            start = pl.multiple_of(c * rows, rows)
+            body(pl.ds(start, rows), start)

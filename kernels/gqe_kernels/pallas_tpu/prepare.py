@@ -15,9 +15,11 @@ from gqe_kernels.pallas_tpu.layout import (
     LANES,
     LOG2E,
     Layout,
+    for_row_chunks,
     read_slot,
     result_shape,
     select_query,
+    widen,
 )
 
 
@@ -38,39 +40,42 @@ def _kernel(
     q_len: int,
 ):
     q, row = index_ref.shape[0], layout.row
-    # Beyond the last query an edge block holds anything; its rows must add nothing to dK and dV.
-    exists = pl.program_id(1) * q + jax.lax.broadcasted_iota(jnp.int32, (q, 1), 0) < q_len
-    lane = jax.lax.broadcasted_iota(jnp.int32, (q, -(-layout.heads // LANES) * LANES), 1)
-    deltas = jnp.zeros(lane.shape, jnp.float32)
-    d_weights = jnp.zeros(lane.shape, jnp.float32)
+    first_row = pl.program_id(1) * q
 
-    for head in range(layout.heads):
-        if head < layout.hard:
-            group = head // layout.k
-            half = layout.half(group)
-            selected = select_query(layout, query_ref, index_ref[:, head : head + 1], group, half)
-            slot = head
-        else:
-            half, slot = 0, layout.shared_slot
-            selected = shared_query_ref[...].astype(jnp.float32)
-            if layout.groups_per_unit == 2:
-                selected = jnp.concatenate([selected, jnp.zeros_like(selected)], axis=1)
-        out = read_slot(layout, slots_ref, slot, half)
-        d_out = read_slot(layout, d_slots_ref, slot, half)
-        if layout.weighted and head < layout.hard:
-            d_weighted = read_slot(layout, d_slots_ref, layout.weighted_slot, half)
-            d_out += weight_ref[:, head : head + 1].astype(jnp.float32) * d_weighted
-            d_weight = jnp.sum(out * d_weighted, axis=1, keepdims=True)
-            d_weights = jnp.where(lane == head, d_weight, d_weights)
-        delta = jnp.sum(out * d_out, axis=1, keepdims=True)
-        deltas = jnp.where((lane == head) & exists, delta, deltas)
-        lanes = slice(head * row, (head + 1) * row)
-        selected = jnp.where(exists, selected * (scale * LOG2E), 0.0)
-        selected_ref[:, lanes] = selected.astype(selected_ref.dtype)
-        d_out_ref[:, lanes] = jnp.where(exists, d_out, 0.0).astype(d_out_ref.dtype)
-    delta_ref[...] = deltas.T[: layout.padded_heads]
-    if layout.weighted:
-        d_weight_ref[...] = d_weights[:, : layout.hard].astype(d_weight_ref.dtype)
+    def prepare_rows(rows, first):
+        # Beyond the last query an edge block holds anything; its rows must add nothing to dK, dV.
+        row_index = jax.lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
+        exists = first_row + first + row_index < q_len
+        shape = (rows.size, -(-layout.heads // LANES) * LANES)
+        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        deltas = d_weights = jnp.zeros(shape, jnp.float32)
+        for head in range(layout.heads):
+            if head < layout.hard:
+                group = head // layout.k
+                slot, half = head, layout.half(group)
+                index = index_ref[rows, head : head + 1]
+                selected = select_query(layout, query_ref.at[rows], index, group, half)
+            else:
+                slot, half = layout.shared_slot, 0
+                selected = widen(layout, shared_query_ref[rows].astype(jnp.float32))
+            out = read_slot(layout, slots_ref.at[rows], slot, half)
+            d_out = read_slot(layout, d_slots_ref.at[rows], slot, half)
+            if layout.weighted and head < layout.hard:
+                d_weighted = read_slot(layout, d_slots_ref.at[rows], layout.weighted_slot, half)
+                d_out += weight_ref[rows, head : head + 1].astype(jnp.float32) * d_weighted
+                d_weight = jnp.sum(out * d_weighted, axis=1, keepdims=True)
+                d_weights = jnp.where(lane == head, d_weight, d_weights)
+            delta = jnp.sum(out * d_out, axis=1, keepdims=True)
+            deltas = jnp.where((lane == head) & exists, delta, deltas)
+            lanes = slice(head * row, (head + 1) * row)
+            selected = jnp.where(exists, selected * (scale * LOG2E), 0.0)
+            selected_ref[rows, lanes] = selected.astype(selected_ref.dtype)
+            d_out_ref[rows, lanes] = jnp.where(exists, d_out, 0.0).astype(d_out_ref.dtype)
+        delta_ref[:, rows] = deltas.T[: layout.padded_heads]
+        if layout.weighted:
+            d_weight_ref[rows] = d_weights[:, : layout.hard].astype(d_weight_ref.dtype)
+
+    for_row_chunks(q, "prepare_rows", prepare_rows)
 
 
 def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale, q, vmem_bytes):
