@@ -1,8 +1,12 @@
-"""Parses libtpu's dump of a final schedule into bundles, and the bundles into nested regions.
+"""Parses libtpu's dump of a schedule into bundles, and the bundles into nested regions.
 
-A TensorCore issues one bundle of instructions a cycle. The dump lists the bundles in program order
+A TensorCore issues one bundle of instructions a cycle. The dump lists the cycles in program order
 with their branches; every branch of a Pallas kernel either closes a loop or jumps over a body, so
-the program is a tree: a region is a run of bundles, minus the regions inside it.
+the program is a tree: a region is a run of cycles, minus the regions inside it.
+
+Read is the schedule after register allocation, in which a cycle that only waits for a result is an
+empty bundle. The last pass takes most of those out, since the hardware waits by itself; what it
+leaves, `final_bundles`, is what is issued, not how long it takes.
 """
 
 import dataclasses
@@ -12,8 +16,9 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +([A-Z]{2})?: *(>*) *(?:> *)*\{", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-_BRANCH = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
-_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(
+    r"sbr\.rel (?:\(!?%p\w+\) )?target bundleno = (\d+) \(0x[0-9a-f]+\), region = (\d+)"
+)
 _SCOPE = re.compile(r"TraceMeStart\(([^)]*)\)")
 _LOOP_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/")
 _ENTRY = re.compile(r"entry bundle: %(\S+) = ([\w-]+)\(")
@@ -31,9 +36,9 @@ class Bundle:
       label: what the assembler calls the place: "LB" a loop body, "PF" the end of a body that may
         be jumped over.
       depth: loops around it; 0 also where the dump does not say.
-      branch: the number of the region that it may jump to.
-      conditional: whether the branch depends on a predicate.
-      regions: the numbers of the regions that start here.
+      issued: whether there is an instruction; if not, the core waits.
+      target: the index of the bundle that it may jump to.
+      region: libtpu's number of the region jumped to.
       scope: the `jax.named_scope` that opens here, in a dump with traces.
       trips: the constant that a loop's counter is compared with here.
       slots: instructions issued to each unit, in the order of `Program.units`.
@@ -41,9 +46,9 @@ class Bundle:
 
     label: str | None
     depth: int
-    branch: int | None
-    conditional: bool
-    regions: tuple[int, ...]
+    issued: bool
+    target: int | None
+    region: int | None
     scope: str | None
     trips: int | None
     slots: tuple[int, ...]
@@ -106,47 +111,46 @@ def read_dump(directory: Path) -> list[Program]:
     """
     programs = []
     for path in sorted(directory.glob("*-final_bundles.txt")):
-        if path.name.endswith("schedule-analysis_final_bundles.txt"):
-            continue
+        entry = _ENTRY.search(path.read_text())
+        if entry is None:
+            continue  # an analysis, or libtpu's own start and end of the program
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
-        text = path.read_text()
-        if _ENTRY.search(text) is None:
-            continue  # libtpu's own start and end of the program
-        tables = list(directory.glob(f"{_escape(stem)}-*final_hlo-static-per-bundle-util*.txt"))
-        if len(tables) != 1:
-            raise ScheduleError(f"{path.name} has {len(tables)} utilisation tables; it must have 1")
-        programs.append(parse_program(text, tables[0].read_text()))
+        texts = []
+        for kind in ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"):
+            pattern = re.compile(re.escape(stem) + rf"-\d+-{kind}\.txt")
+            paths = [p for p in directory.iterdir() if pattern.fullmatch(p.name)]
+            if len(paths) != 1:
+                raise ScheduleError(f"{path.name} has {len(paths)} files {kind!r}; it must have 1")
+            texts.append(paths[0].read_text())
+        programs.append(parse_program(entry[1], entry[2], *texts))
     if not programs:
         raise ScheduleError(
-            f"{directory} has no *-final_bundles.txt of an HLO instruction; this libtpu dumps its "
+            "the dump has no *-final_bundles.txt of an HLO instruction; this libtpu dumps its "
             "schedule in another form"
         )
     return programs
 
 
-def parse_program(bundles: str, utilization: str) -> Program:
+def parse_program(name: str, opcode: str, bundles: str, utilization: str) -> Program:
     """Reads the two dumps of one instruction: its bundles and the slots that each one fills.
 
     Raises:
       ScheduleError: the dumps are not of the known form or do not fit each other.
     """
-    entry = _ENTRY.search(bundles)
-    if entry is None:
-        raise ScheduleError("the bundles name no entry (`entry bundle: %name = opcode(`)")
     units, capacity, table = _parse_utilization(utilization)
     starts = list(_BUNDLE.finditer(bundles))
-    if [int(m[1], 16) for m in starts] != list(range(len(starts))):
-        raise ScheduleError(f"{entry[1]}: the bundles are not numbered 0, 1, 2, ...")
+    if not starts or [int(m[1], 16) for m in starts] != list(range(len(starts))):
+        raise ScheduleError(f"{name}: the bundles are not numbered 0, 1, 2, ...")
     if len(starts) != len(table):
         raise ScheduleError(
-            f"{entry[1]}: {len(starts)} bundles but utilisation for {len(table)}; they must agree"
+            f"{name}: {len(starts)} bundles but utilisation for {len(table)}; they must agree"
         )
     ends = [*(m.start() for m in starts[1:]), len(bundles)]
     parsed = [
         _parse_bundle(m, bundles[m.start() : end], slots)
         for m, end, slots in zip(starts, ends, table, strict=True)
     ]
-    return Program(entry[1], entry[2], units, capacity, tuple(parsed))
+    return Program(name, opcode, units, capacity, tuple(parsed))
 
 
 def _parse_bundle(header: re.Match, text: str, slots: tuple[int, ...]) -> Bundle:
@@ -159,9 +163,9 @@ def _parse_bundle(header: re.Match, text: str, slots: tuple[int, ...]) -> Bundle
     return Bundle(
         label=header[2],
         depth=header[0].count(">"),
-        branch=int(branches[0][1]) if branches else None,
-        conditional=bool(branches and branches[0][0]),
-        regions=tuple(map(int, _REGION.findall(text))),
+        issued=re.match(r"[^{]*\{\s*\}", code) is None,
+        target=int(branches[0][0]) if branches else None,
+        region=int(branches[0][1]) if branches else None,
         scope=scope[1] if scope else None,
         trips=int(trips[1]) if trips else None,
         slots=slots,
@@ -181,10 +185,6 @@ def _parse_utilization(text: str):
     return units, capacity, rows
 
 
-def _escape(stem: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", stem)
-
-
 def regions(program: Program, delay_slots: int) -> Region:
     """The tree of a program's regions.
 
@@ -193,27 +193,22 @@ def regions(program: Program, delay_slots: int) -> Region:
     Raises:
       ScheduleError: the branches do not nest, or jump to no known place.
     """
-    places = {}
-    for i, bundle in enumerate(program.bundles):
-        for number in bundle.regions:
-            places.setdefault(number, i)
     root = Region("root", 0, len(program.bundles))
     found = []
     for i, bundle in enumerate(program.bundles):
-        if bundle.branch is None:
+        if bundle.target is None:
             continue
-        after = i + delay_slots + 1
-        target = places.get(bundle.branch)
-        if target is None or program.bundles[target].label is None:
+        target, after = bundle.target, i + delay_slots + 1
+        if target >= len(program.bundles) or program.bundles[target].label is None:
             raise ScheduleError(f"{program.name}: bundle {i:#x} jumps to no known place")
-        if any(b.branch is not None for b in program.bundles[i + 1 : after]):
+        if any(b.target is not None for b in program.bundles[i + 1 : after]):
             raise ScheduleError(f"{program.name}: a branch in the delay slots of bundle {i:#x}")
         if target <= i:
             _check_delay_slots(program, target, i, after)
             trips = [b.trips for b in program.bundles[target:after] if b.trips is not None]
-            found.append(Region("loop", target, after, bundle.branch, trips[-1] if trips else None))
+            found.append(Region("loop", target, after, bundle.region, trips[-1] if trips else None))
         elif target > after:
-            found.append(Region("guard", after, target, bundle.branch))
+            found.append(Region("guard", after, target, bundle.region))
     # Outer regions first; of two that are the same run of bundles, the loop is inside the guard.
     found.sort(key=lambda r: (r.start, -r.stop, r.kind == "loop"))
     stack = [root]

@@ -37,7 +37,7 @@ CHIPS = {
     "v5e": Chip("v5e:2x4", mxus=4, mxu_size=128, rows_per_cycle=1, delay_slots=4),
     "v5p": Chip("v5p:2x2x1", mxus=4, mxu_size=128, rows_per_cycle=1, delay_slots=4, cores=2),
     "v6e": Chip("v6e:2x4", mxus=2, mxu_size=256, rows_per_cycle=2, delay_slots=4),
-    "tpu7x": Chip("tpu7x:2x2x1", mxus=2, mxu_size=256, rows_per_cycle=2, delay_slots=2),
+    "tpu7x": Chip("tpu7x:2x2x1", mxus=2, mxu_size=256, rows_per_cycle=2, delay_slots=6),
 }
 
 

@@ -58,6 +58,11 @@ class Comparison:
         """Static cycles of splash attention over those of the kernel."""
         return self.splash.cycles / self.gqe.cycles
 
+    @property
+    def issued_ratio(self) -> float:
+        """The same without the cycles in which a core waits for a result."""
+        return self.splash.issued / self.gqe.issued
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tried:

@@ -19,6 +19,10 @@ from pathlib import Path
 from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
 from kernels.benchmarks.schedule.chips import chip
 
+# What a kernel that sets no limit itself may take of the VMEM: libtpu's default keeps splash
+# attention from its best block sizes.
+VMEM_KIB = 100 * 1024
+
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -58,8 +62,7 @@ def schedule(
     slots = chip(chip_name).delay_slots
     found = [(p, regions(p, slots)) for p in _compile(case, chip_name, options, False, timeout)]
     if like is None:
-        traced = _compile(case, chip_name, options, True, timeout)
-        like = [(p, regions(p, slots)) for p in traced if p.opcode == "custom-call"]
+        like = [(p, regions(p, slots)) for p in _compile(case, chip_name, options, True, timeout)]
     labelled = {program.name: tree for program, tree in like}
     for program, tree in found:
         if program.name in labelled:
@@ -80,7 +83,8 @@ def _compile(case, chip_name, options, traces, timeout) -> list[Program]:
             f"--xla_jf_dump_to={directory}",
             "--xla_jf_dump_llo_text=true",
             "--xla_jf_emit_annotations=true",
-            "--xla_jf_dump_llo_pass_label_regex=final",
+            "--xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra|pre-delay|final",
+            f"--xla_tpu_scoped_vmem_limit_kib={VMEM_KIB}",
         ]
         if traces:
             flags += ["--xla_enable_custom_call_region_trace=true"]

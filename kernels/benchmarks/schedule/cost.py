@@ -1,4 +1,4 @@
-"""Static cycles of a whole call: bundles of each region × how often it runs."""
+"""Static cycles of a whole call: those of each region × how often it runs."""
 
 import dataclasses
 import re
@@ -20,9 +20,10 @@ class RegionCost:
     """One region of one Pallas kernel.
 
     Attributes:
-      bundles: cycles of one execution, regions inside it left out.
+      bundles: cycles of one execution in which something is issued, regions inside left out.
+      waits: cycles of one execution in which the core waits for a result.
       executions: times that it runs in the call, on one core; None where nothing says.
-      busy: share of each unit's slots that are filled.
+      busy: share of each unit's slots that are filled, in all cycles.
       spills, fills: registers stored to VMEM and loaded back, in one execution.
     """
 
@@ -30,6 +31,7 @@ class RegionCost:
     region: str
     depth: int
     bundles: int
+    waits: int
     executions: int | None
     busy: Mapping[str, float]
     spills: int
@@ -37,7 +39,7 @@ class RegionCost:
 
     @property
     def cycles(self) -> int:
-        return self.bundles * (self.executions or 0)
+        return (self.bundles + self.waits) * (self.executions or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Cost:
 
     Attributes:
       cores: TensorCores that the compiler spread the grid over; all figures are those of one.
-      others: bundles of the HLO instructions beside the Pallas kernels, which are not in `cycles`:
+      others: lengths of the HLO instructions beside the Pallas kernels, which are not in `cycles`:
         how often their loops run is not known.
     """
 
@@ -62,6 +64,11 @@ class Cost:
     @property
     def cycles(self) -> int:
         return sum(region.cycles for region in self.regions)
+
+    @property
+    def issued(self) -> int:
+        """The cycles that are no waits: bundles of the final program, by how often they run."""
+        return sum(region.bundles * (region.executions or 0) for region in self.regions)
 
     def kernels(self) -> dict[str, int]:
         """Cycles of each Pallas kernel, by name."""
@@ -167,7 +174,8 @@ def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
                 kernel=kernel,
                 region=region.label or _PLAIN_NAMES.get((region.kind, depth), region.kind),
                 depth=depth,
-                bundles=len(own),
+                bundles=sum(program.bundles[i].issued for i in own),
+                waits=sum(not program.bundles[i].issued for i in own),
                 executions=times,
                 busy={
                     unit: units[unit] / max(1, len(own) * slots)

@@ -13,7 +13,7 @@ from kernels.benchmarks.schedule.cost import Cost
 def text(cost: Cost) -> str:
     """The regions of a call and what they sum up to."""
     units = list(cost.regions[0].busy) if cost.regions else []
-    head = ["region", "bundles", "runs", "cycles", "share", *units, "spills", "fills"]
+    head = ["region", "bundles", "waits", "runs", "cycles", "share", *units, "spills", "fills"]
     rows = []
     for region in cost.regions:
         known = region.executions is not None
@@ -21,6 +21,7 @@ def text(cost: Cost) -> str:
             [
                 "  " * region.depth + region.region,
                 f"{region.bundles:,}",
+                f"{region.waits:,}",
                 f"{region.executions:,}" if known else "?",
                 f"{region.cycles:,}" if known else "?",
                 f"{region.cycles / cost.cycles:.1%}" if cost.pairs and known else "",
@@ -34,13 +35,14 @@ def text(cost: Cost) -> str:
     lines += _align([head, *rows])
     if cost.pairs:
         lines.append(
-            f"static cycles {cost.cycles:,} on {'one core' if cost.cores == 1 else 'each core'}; "
+            f"static cycles {cost.cycles:,} on {'one core' if cost.cores == 1 else 'each core'}, "
+            f"of which {cost.cycles - cost.issued:,} are waits; "
             f"{cost.cycles_per_pair:.5f} per query token x head x KV token seen; "
             f"{cost.mac_share:.1%} of the peak MACs"
         )
     if cost.others:
         listed = ", ".join(f"{name} {bundles:,}" for name, bundles in cost.others.items())
-        lines.append(f"not counted, bundles of other instructions: {listed}")
+        lines.append(f"not counted, cycles of other instructions: {listed}")
     return "\n".join(lines)
 
 
@@ -60,15 +62,17 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     """One row a comparison."""
     lines = [
         "| chip | D | tokens | pass | splash's blocks | splash, cycles | GQE, cycles "
-        "| ratio | splash, cycles a pair | GQE, cycles a pair | splash, MACs | GQE, MACs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| ratio | without waits | splash, cycles a pair | GQE, cycles a pair | splash, MACs "
+        "| GQE, MACs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in comparisons:
         blocks = " × ".join(str(v) for k, v in c.splash.options.items() if k.startswith("block"))
         kind = "both" if c.training else "forward"
         lines.append(
             f"| {c.chip} | {c.head_dim} | {c.length:,} | {kind} | {blocks} | {c.splash.cycles:,} "
-            f"| {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.splash.cycles_per_pair:.5f} "
+            f"| {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.issued_ratio:.2f} "
+            f"| {c.splash.cycles_per_pair:.5f} "
             f"| {c.gqe.cycles_per_pair:.5f} | {c.splash.mac_share:.0%} | {c.gqe.mac_share:.0%} |"
         )
     return "\n".join(lines)
@@ -84,7 +88,7 @@ def write_json(path: Path, costs: Sequence[Cost | Comparison]) -> None:
 def _plain(result: Cost | Comparison) -> dict:
     if isinstance(result, Cost):
         plain = dataclasses.asdict(result)
-        plain["cycles"] = result.cycles
+        plain["cycles"], plain["issued"] = result.cycles, result.issued
         if result.pairs:
             plain["cycles_per_pair"] = result.cycles_per_pair
             plain["mac_share"] = result.mac_share
@@ -97,6 +101,7 @@ def _plain(result: Cost | Comparison) -> dict:
         "length": result.length,
         "training": result.training,
         "ratio": result.ratio,
+        "issued_ratio": result.issued_ratio,
         "splash": _plain(result.splash),
         "gqe": _plain(result.gqe),
         "sweep": result.sweep,
