@@ -50,6 +50,14 @@ def _layout(query, expert_index, slot_weight, shared_query) -> Layout:
     )
 
 
+def _mean_over_groups(x: Float[Array, "batch kv_len group head_dim"]):
+    """By slices of the flat array: a reduction makes XLA lay out, and copy, all of K and V anew."""
+    group, head_dim = x.shape[2:]
+    flat = x.reshape(*x.shape[:2], -1)
+    heads = [flat[:, :, g * head_dim : (g + 1) * head_dim] for g in range(group)]
+    return (sum(head.astype(jnp.float32) for head in heads) / group).astype(x.dtype)
+
+
 def unsupported(query, key, expert_index, slot_weight=None, shared_query=None, **_) -> str | None:
     """The argument that the kernels cannot take, with the reason; None if they take them all."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
@@ -91,9 +99,7 @@ def routed_attention(
     layout = _layout(query, expert_index, slot_weight, shared_query)
     width = layout.head_dim
     if shared_query is not None and shared_key is None:
-        shared_key, shared_value = (
-            jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
-        )
+        shared_key, shared_value = _mean_over_groups(key), _mean_over_groups(value)
 
     def flat(x, lanes=None):
         """Heads side by side in the lanes: no copy, unless a head is padded."""

@@ -93,40 +93,25 @@ def _kernel(
                 segments = q_segment_ref[...], kv_segment_ref[...]
             bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=0)
 
-        def first_products(keys, values, lanes, head):
-            own = slice(head * row, (head + 1) * row)
-            query, d_out = selected_ref[:, own], d_out_ref[:, own]
-            return (
-                query,
-                d_out,
-                dot(keys[:, lanes], query, NT),
-                dot(values[:, lanes], d_out, NT),
-            )
-
-        def second_products(u, head, query, d_out, logits, d_weights):
-            if mask:
-                logits += bias_scr[...]
-            weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
-            d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
-            d_logits = weights * (d_weights - delta_ref[head : head + 1, :])
-            if mask and tiles.kv_ragged:
-                # Keys beyond the last hold anything, NaN too, and dQ sums over them.
-                exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
-                exists = exists < tiles.kv_len - j * tiles.kv
-                d_logits = jnp.where(exists, d_logits, 0.0)
-            d_logits = d_logits.astype(dtype)
-            d_key_scr[u] += dot(d_logits, query, NN)
-            d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
-
-        # As in the forward pass: the next head's products stand before this one's exponentials.
-        waiting = None
         for u, keys, values, lanes, heads in rows_of_kv():
+            key, value = keys[:, lanes], values[:, lanes]
             for head in heads:
-                products = first_products(keys, values, lanes, head)
-                if waiting is not None:
-                    second_products(*waiting)
-                waiting = u, head, *products
-        second_products(*waiting)
+                own = slice(head * row, (head + 1) * row)
+                query, d_out = selected_ref[:, own], d_out_ref[:, own]
+                logits = dot(key, query, NT)
+                if mask:
+                    logits += bias_scr[...]
+                weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
+                d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
+                d_logits = weights * (dot(value, d_out, NT) - delta_ref[head : head + 1, :])
+                if mask and tiles.kv_ragged:
+                    # Keys beyond the last hold anything, NaN too, and dQ sums over them.
+                    exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
+                    exists = exists < tiles.kv_len - j * tiles.kv
+                    d_logits = jnp.where(exists, d_logits, 0.0)
+                d_logits = d_logits.astype(dtype)
+                d_key_scr[u] += dot(d_logits, query, NN)
+                d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
 
     def interior():
         all_heads(mask=False)

@@ -18,6 +18,7 @@ from gqe_kernels.pallas_tpu.layout import (
     SlotWriter,
     for_row_chunks,
     half_mask,
+    reciprocal,
     result_shape,
     select_query,
     swap_halves,
@@ -221,9 +222,7 @@ def _kernel(
                 totals = jnp.where(lane == head, jnp.tile(total, repeats), totals)
                 maxima = jnp.where(lane == head, jnp.tile(max_scr[head, rows], repeats), maxima)
                 # A row that has seen a key has seen its maximum, and its total is 1 at least.
-                inverse = pl.reciprocal(
-                    jnp.maximum(total, 0.5), approx=out_ref.dtype == jnp.bfloat16
-                )
+                inverse = reciprocal(jnp.maximum(total, 0.5), approx=out_ref.dtype == jnp.bfloat16)
                 out = acc * jnp.tile(inverse, (1, row // LANES))
                 if head == layout.hard:
                     writer.write(layout.shared_slot, out)

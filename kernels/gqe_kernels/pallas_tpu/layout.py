@@ -14,6 +14,8 @@ MASKED = -1e30
 NOTHING_SEEN = -5e29
 LOG2E = 1.4426950408889634
 
+reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal  # the second: before jax 0.12
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
