@@ -185,7 +185,9 @@ def test_executions_of_splash_attention():
 
 
 def test_launches_of_the_backward_pass_share_the_tiles():
-    case = cases.gqe(4096, 128, training=True, backward_q=256, backward_kv=512, d_query_bytes=2**23)
+    case = cases.gqe(
+        4096, 128, "v6e", training=True, backward_q=256, backward_kv=512, d_query_bytes=2**23
+    )
     launches = [runs for name, runs in case.executions.items() if name[-1].isdigit()]
     assert len(launches) > 1
     tiles = cases.causal_tiles(4096, 256, 512)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_kernels import pallas_tpu
+from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.layout import Layout
 
 
@@ -119,6 +120,7 @@ def splash(
 def gqe(
     length: int,
     head_dim: int,
+    chip: str,
     groups: int = 8,
     experts: int = 2,
     k: int = 1,
@@ -129,9 +131,13 @@ def gqe(
 
     Args:
       training: the forward and the backward pass, not the forward alone.
-      blocks: fields of `pallas_tpu.BlockSizes`.
+      blocks: fields of `pallas_tpu.BlockSizes` that differ from the chip's defaults.
     """
-    sizes = pallas_tpu.BlockSizes(**blocks)
+    layout = Layout(groups, experts, k, head_dim, weighted=True, shared=True)
+    sizes = default_block_sizes(layout, length, length, 2, chip=chip.removeprefix("tpu"))
+    if sizes is None:
+        raise ValueError(f"head_dim is {head_dim}; the kernel has no block sizes that fit in VMEM")
+    sizes = dataclasses.replace(sizes, **blocks)
     _check_blocks(length, q=sizes.q, kv=sizes.kv)
     query, key, shared = (
         jax.ShapeDtypeStruct((1, length, *shape, head_dim), jnp.bfloat16)
@@ -182,7 +188,6 @@ def gqe(
         return out, vjp(d_slots)
 
     d_slots = jax.ShapeDtypeStruct((1, length, heads + 1, head_dim), jnp.bfloat16)
-    layout = Layout(groups, experts, k, head_dim, weighted=True, shared=True)
     executions |= _gqe_backward(length, layout, sizes)
     work = _work(length, head_dim, heads, products=7)
     return Case(with_gradients, (*arguments, d_slots), executions, *work)
