@@ -1,10 +1,14 @@
 """What the command lines share: flags from dataclasses, and errors without a traceback."""
 
+import glob
+import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import tyro
 
 from gqe_jax.checkpoint import CheckpointError
@@ -42,8 +46,17 @@ def parse[Config](
 
 def run_command(function: Callable[[], Any]) -> Any:
     """Calls `function`; an error of ours ends the program with its message and status 1."""
+    _pass_over_libtpu_without_tpu()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
     try:
         return function()
     except (ConfigError, DataError, CheckpointError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
+
+
+def _pass_over_libtpu_without_tpu() -> None:
+    """libtpu, with which the tests compile, complains at length where there is no TPU."""
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    other_plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if "JAX_PLATFORMS" not in os.environ and not tpus and not other_plugins:
+        jax.config.update("jax_platforms", "cpu")

@@ -53,6 +53,11 @@ def test_every_field_is_a_documented_flag():
     assert "{gqe,hard_concat,weighted_concat,gqa}" in result.stdout
 
 
+def test_a_machine_without_a_tpu_hears_nothing_of_libtpu(tmp_path):
+    result = run("eval.py", str(tmp_path))
+    assert "TPU" not in result.stderr
+
+
 def test_eval_names_what_is_wrong(tmp_path):
     result = run("eval.py", str(tmp_path))
     assert result.returncode == 1

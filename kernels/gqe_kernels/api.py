@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels import cudnn, reference, xla
+from gqe_kernels import cudnn, pallas_tpu, reference, xla
 
-RoutedImplementation = Literal["reference", "xla"]
+RoutedImplementation = Literal["reference", "xla", "pallas_tpu"]
 DenseImplementation = Literal["reference", "xla", "cudnn"]
 
-_ROUTED = {"reference": reference.routed_attention, "xla": xla.routed_attention}
+_ROUTED = {
+    "reference": reference.routed_attention,
+    "xla": xla.routed_attention,
+    "pallas_tpu": pallas_tpu.routed_attention,
+}
 _DENSE = {
     "reference": reference.dense_attention,
     "xla": xla.dense_attention,
@@ -57,8 +61,9 @@ def routed_attention(
         are zero and get no gradient. Both or neither.
       q_offset: the position of the first query among the keys, one or one for each row of the
         batch: chunked prefill and decoding.
-      implementation: "reference" (float32, quadratic memory) or "xla" (linear memory). None: the
-        best one for the platform that the program is lowered for.
+      implementation: "reference" (float32, quadratic memory), "xla" (linear memory) or
+        "pallas_tpu" (a TPU kernel). None: when lowered for TPU, "pallas_tpu" where it takes the
+        arguments; "xla" otherwise.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -101,10 +106,7 @@ def routed_attention(
         _check_shape("shared_key", shared_key, (batch, kv_len, head_dim))
         _check_shape("shared_value", shared_value, (batch, kv_len, head_dim))
     masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
-    if implementation is None:
-        implementation = "xla"
-    _check_implementation(implementation, RoutedImplementation)
-    return _ROUTED[implementation](
+    operands = (
         query,
         key,
         value,
@@ -113,8 +115,15 @@ def routed_attention(
         shared_query,
         shared_key,
         shared_value,
-        **masking,
     )
+    if implementation is not None:
+        _check_implementation(implementation, RoutedImplementation)
+        return _ROUTED[implementation](*operands, **masking)
+    fallback = functools.partial(xla.routed_attention, **masking)
+    if pallas_tpu.unsupported(query, key, expert_index, slot_weight, shared_query) is not None:
+        return fallback(*operands)
+    fast = functools.partial(pallas_tpu.routed_attention, **masking)
+    return jax.lax.platform_dependent(*operands, tpu=fast, default=fallback)
 
 
 def dense_attention(

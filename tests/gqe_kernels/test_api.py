@@ -46,7 +46,10 @@ def test_the_default_on_cpu_is_xla():
         ({"kv_segment_ids": None}, "q_segment_ids and kv_segment_ids must be given together"),
         ({"q_segment_ids": jnp.ones((2, 20), "int32")}, "q_segment_ids has shape"),
         ({"q_offset": jnp.zeros(3, "int32")}, r"q_offset has shape \(3,\)"),
-        ({"implementation": "cuda"}, "'cuda'; it must be one of None, 'reference', 'xla'"),
+        (
+            {"implementation": "cuda"},
+            "'cuda'; it must be one of None, 'reference', 'xla', 'pallas_tpu'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changes, message):

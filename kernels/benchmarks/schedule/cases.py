@@ -1,0 +1,233 @@
+"""The kernels whose schedules are compared, each with a count of how often its regions run.
+
+libtpu's dump says how many bundles a region has, not how often a condition holds: that follows from
+the grid and the mask, and is written here, beside the call that it describes. A region goes by the
+name of the function under its `pl.when`, or of the first `jax.named_scope` inside it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from gqe_kernels import pallas_tpu
+from gqe_kernels.pallas_tpu.blocks import default_block_sizes
+from gqe_kernels.pallas_tpu.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of attention.
+
+    Attributes:
+      arguments: `jax.ShapeDtypeStruct`s of what `function` takes.
+      executions: for each Pallas kernel, by the `name` of its `pallas_call`, how often each
+        labelled region runs in the whole call; "grid" is the number of grid steps. None at all: the
+        schedule is shown without a sum.
+      pairs: query token × head × key token that attention must look at.
+      macs: multiply-adds that it cannot do without.
+    """
+
+    function: Callable
+    arguments: tuple
+    executions: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    pairs: int = 0
+    macs: int = 0
+
+
+def splash(
+    length: int,
+    head_dim: int,
+    heads: int = 16,
+    kv_heads: int = 8,
+    block_q: int = 512,
+    block_kv: int = 512,
+    block_kv_compute: int = 512,
+    block_q_dkv: int | None = None,
+    block_kv_dkv: int | None = None,
+    block_kv_dkv_compute: int | None = None,
+    block_q_dq: int | None = None,
+    block_kv_dq: int | None = None,
+) -> Case:
+    """JAX's splash attention, dense and causal: [heads, length, head_dim], bfloat16.
+
+    Args:
+      block_q_dkv, block_kv_dkv, block_kv_dkv_compute: of the backward pass; None: forward only.
+      block_q_dq, block_kv_dq: of the kernel for dQ; None: dQ is found in the kernel for dK and dV.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    backward, fused = block_q_dkv is not None, block_q_dq is None
+    blocks = {
+        "block_q": block_q,
+        "block_kv": block_kv,
+        "block_kv_compute": block_kv_compute,
+        "block_q_dkv": block_q_dkv,
+        "block_kv_dkv": block_kv_dkv,
+        "block_kv_dkv_compute": block_kv_dkv_compute,
+        "block_q_dq": block_q_dq,
+        "block_kv_dq": block_kv_dq,
+    }
+    _check_blocks(length, **{name: size for name, size in blocks.items() if size is not None})
+    sizes = kernel.BlockSizes(**blocks, use_fused_bwd_kernel=backward and fused)
+
+    def forward(query, key, value):
+        mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+        attention = kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
+        return attention(query, key, value)
+
+    query, key = (
+        jax.ShapeDtypeStruct((h, length, head_dim), jnp.bfloat16) for h in (heads, kv_heads)
+    )
+
+    def runs(q: int, kv: int, ends: int) -> dict[str, int]:
+        """`ends`: how often a sum starts and ends."""
+        return {
+            "grid": heads * (length // q) * (length // kv),
+            "init": ends,
+            "run": heads * sum(causal_tiles(length, q, kv)),
+            "end": ends,
+        }
+
+    of_forward = runs(block_q, block_kv, heads * length // block_q)
+    if not backward:
+        executions = {"splash_mha_fwd_no_residuals": of_forward}
+        work = _work(length, head_dim, heads, products=2)
+        return Case(forward, (query, key, key), executions, *work)
+    of_keys = runs(block_q_dkv, block_kv_dkv, kv_heads * length // block_kv_dkv)
+    executions = {
+        "splash_mha_fwd_residuals": of_forward,
+        "splash_mha_dkv_no_residuals": of_keys,
+    }
+    if not fused:
+        executions["splash_mha_dq_no_residuals"] = runs(
+            block_q_dq, block_kv_dq, heads * length // block_q_dq
+        )
+
+    def with_gradients(query, key, value, d_out):
+        out, vjp = jax.vjp(forward, query, key, value)
+        return out, vjp(d_out)
+
+    work = _work(length, head_dim, heads, products=7)
+    return Case(with_gradients, (query, key, key, query), executions, *work)
+
+
+def gqe(
+    length: int,
+    head_dim: int,
+    chip: str,
+    groups: int = 8,
+    experts: int = 2,
+    k: int = 1,
+    training: bool = False,
+    **blocks,
+) -> Case:
+    """This project's kernel: k experts of each group and the shared head, one sequence, bfloat16.
+
+    Args:
+      training: the forward and the backward pass, not the forward alone.
+      blocks: fields of `pallas_tpu.BlockSizes` that differ from the chip's defaults.
+    """
+    layout = Layout(groups, experts, k, head_dim, weighted=True, shared=True)
+    sizes = default_block_sizes(layout, length, length, 2, chip=chip.removeprefix("tpu"))
+    if sizes is None:
+        raise ValueError(f"head_dim is {head_dim}; the kernel has no block sizes that fit in VMEM")
+    sizes = dataclasses.replace(sizes, **blocks)
+    _check_blocks(length, q=sizes.q, kv=sizes.kv)
+    query, key, shared = (
+        jax.ShapeDtypeStruct((1, length, *shape, head_dim), jnp.bfloat16)
+        for shape in ((groups, experts), (groups,), ())
+    )
+    index = jax.ShapeDtypeStruct((1, length, groups, k), jnp.int32)
+    weight = jax.ShapeDtypeStruct((1, length, groups, k), jnp.bfloat16)
+
+    def call(query, key, value, index, weight, shared):
+        return pallas_tpu.routed_attention(
+            query,
+            key,
+            value,
+            index,
+            weight,
+            shared,
+            None,
+            None,
+            scale=1 / math.sqrt(head_dim),
+            causal=True,
+            q_segment_ids=None,
+            kv_segment_ids=None,
+            q_offset=0,
+            block_sizes=sizes,
+        )
+
+    interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
+    rows = length // sizes.q
+    executions = {
+        "gqe_forward": {
+            "grid": rows * (length // sizes.kv),
+            "start": rows,
+            "interior": interior,
+            "diagonal" if sizes.q == sizes.kv else "masked": crossed,
+            "finish": rows,
+        }
+    }
+    arguments = (query, key, key, index, weight, shared)
+    heads = k * groups + 1
+    if not training:
+        return Case(call, arguments, executions, *_work(length, head_dim, heads, products=2))
+
+    def with_gradients(query, key, value, index, weight, shared, d_slots):
+        def slots(query, key, value, weight, shared):
+            return call(query, key, value, index, weight, shared)
+
+        out, vjp = jax.vjp(slots, query, key, value, weight, shared)
+        return out, vjp(d_slots)
+
+    d_slots = jax.ShapeDtypeStruct((1, length, heads + 1, head_dim), jnp.bfloat16)
+    executions |= _gqe_backward(length, layout, sizes)
+    work = _work(length, head_dim, heads, products=7)
+    return Case(with_gradients, (*arguments, d_slots), executions, *work)
+
+
+def _gqe_backward(length: int, layout: Layout, sizes) -> dict[str, dict[str, int]]:
+    q, kv = sizes.backward_q, sizes.backward_kv
+    _check_blocks(length, backward_q=q, backward_kv=kv)
+    num_q, num_kv = length // q, length // kv
+    executions = {"gqe_backward_prepare": {"grid": num_q}}
+    for i, (first, count) in enumerate(sizes.backward_launches(layout, num_q)):
+        interior, masked = causal_tiles((first + count) * q, q, kv, start=first * q)
+        executions[f"gqe_backward_{i}"] = {
+            "grid": num_kv * count,
+            "start_keys": num_kv,
+            "start_queries": count,
+            "interior": interior,
+            "masked": masked,
+            "finish_keys": num_kv,
+            "finish_queries": count,
+        }
+    return executions
+
+
+def causal_tiles(stop: int, block_q: int, block_kv: int, start: int = 0) -> tuple[int, int]:
+    """Of the queries from start to stop: tiles below the diagonal, and tiles that it crosses."""
+    starts = range(start, stop, block_q)
+    interior = sum((first + 1) // block_kv for first in starts)
+    seen = sum(-(-(first + block_q) // block_kv) for first in starts)
+    return interior, seen - interior
+
+
+def _work(length: int, head_dim: int, heads: int, products: int) -> tuple[int, int]:
+    """Pairs and multiply-adds: QK and PV forward; backward QK again, and one for each of dP, dV,
+    dK and dQ."""
+    pairs = heads * length * (length + 1) // 2
+    return pairs, products * head_dim * pairs
+
+
+def _check_blocks(length: int, **blocks: int) -> None:
+    for name, block in blocks.items():
+        if block <= 0 or length % block:
+            raise ValueError(f"{name} is {block}; it must divide the length, {length}")

@@ -1,0 +1,240 @@
+"""Static cycles of a whole call: those of each region × how often it runs."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
+from kernels.benchmarks.schedule.cases import Case
+from kernels.benchmarks.schedule.chips import chip
+from kernels.benchmarks.schedule.compiler import build, schedule
+
+# Units that the dump counts as loads and stores of registers that the compiler ran out of.
+FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"
+# The Pallas pipeline starts copies before the first step and drains them after the last one.
+PIPELINE_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionCost:
+    """One region of one Pallas kernel.
+
+    Attributes:
+      bundles: cycles of one execution in which something is issued, regions inside left out.
+      waits: cycles of one execution in which the core waits for a result.
+      executions: times that it runs in the call, on one core; None where nothing says.
+      busy: share of each unit's slots that are filled, in all cycles.
+      spills, fills: registers stored to VMEM and loaded back, in one execution.
+    """
+
+    kernel: str
+    region: str
+    depth: int
+    bundles: int
+    waits: int
+    executions: int | None
+    busy: Mapping[str, float]
+    spills: int
+    fills: int
+
+    @property
+    def cycles(self) -> int:
+        return (self.bundles + self.waits) * (self.executions or 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The static schedule of one call.
+
+    Attributes:
+      cores: TensorCores that the compiler spread the grid over; all figures are those of one.
+      others: lengths of the HLO instructions beside the Pallas kernels, which are not in `cycles`:
+        how often their loops run is not known.
+    """
+
+    case: str
+    chip: str
+    options: Mapping[str, int | bool]
+    regions: tuple[RegionCost, ...]
+    others: Mapping[str, int]
+    cores: int
+    pairs: int
+    macs: int
+
+    @property
+    def cycles(self) -> int:
+        return sum(region.cycles for region in self.regions)
+
+    @property
+    def issued(self) -> int:
+        """The cycles that are no waits: bundles of the final program, by how often they run."""
+        return sum(region.bundles * (region.executions or 0) for region in self.regions)
+
+    def kernels(self) -> dict[str, int]:
+        """Cycles of each Pallas kernel, by name."""
+        cycles = {}
+        for region in self.regions:
+            cycles[region.kernel] = cycles.get(region.kernel, 0) + region.cycles
+        return cycles
+
+    @property
+    def cycles_per_pair(self) -> float:
+        """Cycles for each query token × head × key token that attention must look at."""
+        return self.cycles / self.pairs
+
+    @property
+    def mac_share(self) -> float:
+        """Needed multiply-adds, of those that the matrix units could do in the cycles."""
+        return self.macs / (self.cycles * self.cores * chip(self.chip).peak_macs)
+
+
+def measure(case: str, chip_name: str, options: Mapping[str, int | bool]) -> Cost:
+    """Compiles a case and counts its cycles.
+
+    Args:
+      case: "module:function" of a function that returns a `Case`.
+
+    Raises:
+      CompileError: the compiler refused the kernel.
+      ScheduleError: its dump cannot be read, or is not what the case says it is.
+    """
+    programs = schedule(case, chip_name, dict(options))
+    return cost(programs, case, chip_name, options, build(case, chip_name, dict(options)))
+
+
+def cost(
+    programs: list[tuple[Program, Region]],
+    name: str,
+    chip_name: str,
+    options: Mapping[str, int | bool],
+    case: Case,
+    *,
+    same_grid: bool = True,
+) -> Cost:
+    """The cost of scheduled programs that run as often as `case` says.
+
+    Args:
+      same_grid: the programs were compiled for the grid of `case`. If not, the grid's loop runs as
+        often as `case` says, not as the dump does: to compare block sizes at several lengths.
+    """
+    regions, others, described, cores = [], {}, set(), 1
+    for program, tree in programs:
+        if program.opcode != "custom-call":
+            others[f"{program.name} ({program.opcode})"] = len(program.bundles)
+            continue
+        kernel = _kernel_name(program.name)
+        if case.executions and kernel not in case.executions:
+            raise ScheduleError(
+                f"the compiled call has a kernel {kernel!r}, which the case does not count; it "
+                f"counts {', '.join(map(repr, case.executions))}"
+            )
+        described.add(kernel)
+        runs, split = case.executions.get(kernel), 1
+        if runs and same_grid:
+            split = _split(program, tree, runs["grid"], chip(chip_name).cores)
+        cores = max(cores, split)
+        regions += _count(kernel, program, tree, runs, split, same_grid)
+    missing = set(case.executions) - described
+    if missing:
+        raise ScheduleError(f"the compiled call has no kernel named {', '.join(sorted(missing))}")
+    return Cost(name, chip_name, options, tuple(regions), others, cores, case.pairs, case.macs)
+
+
+def _kernel_name(instruction: str) -> str:
+    """The `name` of a `pallas_call`, from that of its HLO instruction.
+
+    XLA numbers instructions, and JAX writes a transformation around a name: transpose(jvp(name)).
+    """
+    name = re.sub(r"\.\d+$", "", instruction)
+    transformed = re.fullmatch(r"(?:transpose_)?jvp_(.+?)_+", name)
+    return transformed[1] if transformed else name
+
+
+def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
+    labels = [region.label for region in tree.walk() if region.label is not None]
+    for label in set(runs or ()) - {"grid"}:
+        # A body that every grid step runs is under no branch: the compiler joins it to the step.
+        joined = labels.count(label) == 0 and runs[label] == runs["grid"]
+        if labels.count(label) != 1 and not joined:
+            raise ScheduleError(
+                f"{program.name} has {labels.count(label)} regions labelled {label!r}; the case "
+                f"counts on one. Its labels are {labels}"
+            )
+    costs = []
+
+    def visit(region: Region, parent: int | None, depth: int) -> None:
+        times = _times(program, region, parent, runs, split, same_grid, depth)
+        own = region.own()
+        units = {
+            unit: sum(program.bundles[i].slots[u] for i in own)
+            for u, unit in enumerate(program.units)
+        }
+        costs.append(
+            RegionCost(
+                kernel=kernel,
+                region=region.label or _PLAIN_NAMES.get((region.kind, depth), region.kind),
+                depth=depth,
+                bundles=sum(program.bundles[i].issued for i in own),
+                waits=sum(not program.bundles[i].issued for i in own),
+                executions=times,
+                busy={
+                    unit: units[unit] / max(1, len(own) * slots)
+                    for unit, slots in zip(program.units, program.capacity, strict=True)
+                    if unit not in (FILL, SPILL)
+                },
+                spills=units[SPILL],
+                fills=units[FILL],
+            )
+        )
+        for child in region.children:
+            visit(child, times, depth + 1)
+
+    visit(tree, 1, 0)
+    return costs
+
+
+_PLAIN_NAMES = {("root", 0): "call", ("loop", 1): "grid", ("guard", 2): "grid step"}
+
+
+def _times(program, region, parent, runs, split, same_grid, depth) -> int | None:
+    """How often a region runs: as the case says, else as the dump does.
+
+    A guard that nothing is said of counts as often as what is around it: at most too much.
+    """
+    if region.kind == "root" or parent is None:
+        return parent
+    if region.kind == "guard":
+        return -(-runs[region.label] // split) if runs and region.label in runs else parent
+    if depth == 1 and runs and not same_grid:
+        return runs["grid"] + PIPELINE_STEPS
+    if region.label is not None and runs and region.label in runs:
+        times = -(-runs[region.label] // split)
+        if region.trips is not None and same_grid and times != parent * region.trips:
+            raise ScheduleError(
+                f"{program.name}: the loop {region.label!r} runs {parent} × {region.trips} times "
+                f"by the dump, but {times} times by the case"
+            )
+        return times
+    if region.trips is not None:
+        return parent * region.trips
+    if runs is None:
+        return None
+    raise ScheduleError(
+        f"{program.name}: the loop at bundle {region.start:#x} ({region.label or 'no label'}) has "
+        "no constant number of iterations; the case must say how often it runs"
+    )
+
+
+def _split(program, tree, steps: int, cores: int) -> int:
+    """Over how many cores the compiler spread the grid, seen from its loop's iterations."""
+    loops = [region for region in tree.children if region.kind == "loop"]
+    if not loops and steps == 1:
+        return 1
+    trips = loops[0].trips if len(loops) == 1 else None
+    for split in {1, cores}:
+        if trips is not None and 0 <= trips - -(-steps // split) <= PIPELINE_STEPS:
+            return split
+    raise ScheduleError(
+        f"{program.name}: the dump's outermost loops run {[r.trips for r in loops]} times; the "
+        f"case says that the grid has {steps} steps"
+    )

@@ -1,0 +1,6 @@
+"""Routed attention as Pallas TPU kernels."""
+
+from gqe_kernels.pallas_tpu.attention import routed_attention, unsupported
+from gqe_kernels.pallas_tpu.blocks import BlockSizes
+
+__all__ = ["BlockSizes", "routed_attention", "unsupported"]

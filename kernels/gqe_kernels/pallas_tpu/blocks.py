@@ -1,0 +1,127 @@
+"""Block sizes of the TPU kernels: defaults by chip, head_dim and length."""
+
+import dataclasses
+
+import jax
+
+from gqe_kernels.pallas_tpu.layout import LANES, Layout
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of queries and of keys that one grid step holds in VMEM, and how it works on them.
+
+    Args:
+      q, kv: rows of the forward pass; multiples of 128. A prefill is fastest with q = kv.
+      strip: rows of queries that one chain of products and softmax works on; divides q.
+      row_sum_on_mxu: sum the probabilities by columns of ones beside V, where the MXU is wider than
+        a head (256 columns: v6e, tpu7x). At head_dim 64 they always are.
+      bfloat16_exp: exponentials of bfloat16 arguments, in bfloat16 calls, where the vector unit has
+        them. The argument's rounding moves a probability p = 2**x by p |x| 2**-9 log(2) at most,
+        0.0007, less than the rounding of p itself to bfloat16, 2**-9.
+      backward_q, backward_kv: rows of the backward pass.
+      d_query_bytes: VMEM for float32 dQ; bounds the queries of one launch of the backward kernel.
+      vmem_bytes: VMEM that a kernel may use.
+    """
+
+    q: int = 512
+    kv: int = 512
+    strip: int = 256
+    row_sum_on_mxu: bool = False
+    bfloat16_exp: bool = False
+    backward_q: int = 512
+    backward_kv: int = 512
+    d_query_bytes: int = 20 * MIB
+    vmem_bytes: int = 56 * MIB
+
+    def __post_init__(self):
+        for name in ("q", "kv", "backward_q", "backward_kv"):
+            if (rows := getattr(self, name)) <= 0 or rows % LANES:
+                raise ValueError(f"BlockSizes.{name} is {rows}; it must be a multiple of {LANES}")
+        if self.strip <= 0 or self.q % self.strip or self.strip % 8:
+            raise ValueError(
+                f"BlockSizes.strip is {self.strip}; it must be a multiple of 8 that divides q, "
+                f"{self.q}"
+            )
+
+    def backward_launches(self, layout: Layout, num_q: int) -> list[tuple[int, int]]:
+        """First block of queries and number of blocks of each launch of the backward kernel."""
+        block_bytes = layout.heads * layout.row * self.backward_q * 4
+        count = max(1, self.d_query_bytes // block_bytes)
+        return [(first, min(count, num_q - first)) for first in range(0, num_q, count)]
+
+
+# By the static schedules that kernels/benchmarks/tpu_schedule.py reads. Where the chip is not known
+# while tracing, what every chip can run.
+DEFAULTS = {
+    "v5e": BlockSizes(d_query_bytes=48 * MIB, vmem_bytes=110 * MIB),
+    "v5p": BlockSizes(),
+    "v6e": BlockSizes(
+        row_sum_on_mxu=True, bfloat16_exp=True, d_query_bytes=48 * MIB, vmem_bytes=110 * MIB
+    ),
+    "7x": BlockSizes(row_sum_on_mxu=True, bfloat16_exp=True),
+    None: BlockSizes(),
+}
+
+
+def lowered_chip() -> str | None:
+    """The chip generation of the mesh in scope, or of this process; None if neither is a TPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    names = {
+        "TPU v5 lite": "v5e",
+        "TPU v5e": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU v6e": "v6e",
+        "TPU7x": "7x",
+    }
+    return names.get(kind)
+
+
+def vmem_estimate(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+    """Bytes that the hungriest of the kernels holds: its blocks twice, for the pipeline, and its
+    scratch."""
+    heads, row = layout.heads, layout.row
+    kv_row = layout.group * layout.head_dim + layout.shared * row
+    q_row = layout.group * layout.expert * layout.head_dim
+    slots = layout.slots * layout.head_dim
+    narrow = 4 * LANES * 4  # index, weights, segments and logsumexp, each padded to 128 lanes
+    tile = blocks.q * blocks.kv * 4
+    forward = 2 * itemsize * (blocks.q * (q_row + slots) + 2 * blocks.kv * kv_row)
+    forward += blocks.q * (2 * narrow + heads * (row * (itemsize + 4) + 2 * LANES * 4)) + 3 * tile
+    backward_q, backward_kv = blocks.backward_q, blocks.backward_kv
+    prepare = 2 * itemsize * backward_q * (q_row + 2 * slots + 2 * heads * row)
+    backward = 2 * itemsize * backward_q * (2 * heads * row + q_row)
+    backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4)
+    backward += backward_kv * kv_row * (2 * 4 + itemsize) + 4 * backward_q * backward_kv * 4
+    backward += max(blocks.d_query_bytes, heads * row * backward_q * 4)
+    return max(forward, prepare + 2 * backward_q * narrow, backward + 2 * backward_q * narrow)
+
+
+def default_block_sizes(
+    layout: Layout, q_len: int, kv_len: int, itemsize: int, chip: str | None = None
+) -> BlockSizes | None:
+    """A chip's defaults, made to fit the lengths and VMEM; None if nothing does.
+
+    Args:
+      chip: "v5e", "v5p", "v6e" or "7x"; None: `lowered_chip()`.
+    """
+    blocks = DEFAULTS[chip or lowered_chip()]
+    fit = lambda rows, length: min(rows, -(-length // LANES) * LANES)  # noqa: E731
+    for most in (512, 256, 128):
+        q, kv = fit(min(blocks.q, most), q_len), fit(min(blocks.kv, most), kv_len)
+        sized = dataclasses.replace(
+            blocks,
+            q=q,
+            kv=kv,
+            strip=blocks.strip if q % blocks.strip == 0 else LANES,
+            backward_q=fit(min(blocks.backward_q, most), q_len),
+            backward_kv=fit(min(blocks.backward_kv, most), kv_len),
+        )
+        if vmem_estimate(layout, sized, itemsize) <= blocks.vmem_bytes:
+            return sized
+    return None

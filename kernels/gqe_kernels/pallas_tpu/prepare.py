@@ -1,0 +1,114 @@
+"""The first kernel of the backward pass: what every tile of it needs, once for each query.
+
+Per head, the selected and scaled query, the gradient of its output (its hard slot's plus its share
+of the weighted slot's), and delta = sum over lanes of output × gradient; also d(slot_weight).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gqe_kernels.pallas_tpu.layout import (
+    LANES,
+    LOG2E,
+    Layout,
+    for_row_chunks,
+    read_slot,
+    result_shape,
+    select_query,
+    widen,
+)
+
+
+def _kernel(
+    query_ref,
+    index_ref,
+    weight_ref,
+    shared_query_ref,
+    slots_ref,
+    d_slots_ref,
+    selected_ref,
+    d_out_ref,
+    delta_ref,
+    d_weight_ref,
+    *,
+    layout: Layout,
+    scale: float,
+    q_len: int,
+):
+    q, row = index_ref.shape[0], layout.row
+    first_row = pl.program_id(1) * q
+
+    def prepare_rows(rows, first):
+        # Beyond the last query an edge block holds anything; its rows must add nothing to dK, dV.
+        row_index = jax.lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
+        exists = first_row + first + row_index < q_len
+        shape = (rows.size, -(-layout.heads // LANES) * LANES)
+        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        deltas = d_weights = jnp.zeros(shape, jnp.float32)
+        for head in range(layout.heads):
+            if head < layout.hard:
+                group = head // layout.k
+                slot, half = head, layout.half(group)
+                index = index_ref[rows, head : head + 1]
+                selected = select_query(layout, query_ref.at[rows], index, group, half)
+            else:
+                slot, half = layout.shared_slot, 0
+                selected = widen(layout, shared_query_ref[rows].astype(jnp.float32))
+            out = read_slot(layout, slots_ref.at[rows], slot, half)
+            d_out = read_slot(layout, d_slots_ref.at[rows], slot, half)
+            if layout.weighted and head < layout.hard:
+                d_weighted = read_slot(layout, d_slots_ref.at[rows], layout.weighted_slot, half)
+                d_out += weight_ref[rows, head : head + 1].astype(jnp.float32) * d_weighted
+                d_weight = jnp.sum(out * d_weighted, axis=1, keepdims=True)
+                d_weights = jnp.where(lane == head, d_weight, d_weights)
+            delta = jnp.sum(out * d_out, axis=1, keepdims=True)
+            deltas = jnp.where((lane == head) & exists, delta, deltas)
+            lanes = slice(head * row, (head + 1) * row)
+            selected = jnp.where(exists, selected * (scale * LOG2E), 0.0)
+            selected_ref[rows, lanes] = selected.astype(selected_ref.dtype)
+            d_out_ref[rows, lanes] = jnp.where(exists, d_out, 0.0).astype(d_out_ref.dtype)
+        delta_ref[:, rows] = deltas.T[: layout.padded_heads]
+        if layout.weighted:
+            d_weight_ref[rows] = d_weights[:, : layout.hard].astype(d_weight_ref.dtype)
+
+    for_row_chunks(q, "prepare_rows", prepare_rows)
+
+
+def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale, q, vmem_bytes):
+    """selected and d_out [batch, q_padded, heads * row], delta [batch, heads, q_padded], d_weight.
+
+    Rows beyond the last query are zero.
+    """
+    batch, q_len, _ = query.shape
+    num_q = -(-q_len // q)
+
+    def rows(x):
+        return None if x is None else pl.BlockSpec((None, q, x.shape[-1]), lambda b, i: (b, i, 0))
+
+    heads = result_shape(query, (batch, num_q * q, layout.heads * layout.row), query.dtype)
+    delta = result_shape(query, (batch, layout.padded_heads, num_q * q), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_kernel, layout=layout, scale=scale, q_len=q_len),
+        grid=(batch, num_q),
+        in_specs=[rows(x) for x in (query, index, weight, shared_query, slots, d_slots)],
+        out_specs=[
+            rows(heads),
+            rows(heads),
+            pl.BlockSpec((None, layout.padded_heads, q), lambda b, i: (b, 0, i)),
+            rows(weight),
+        ],
+        out_shape=[
+            heads,
+            heads,
+            delta,
+            None if weight is None else result_shape(query, weight.shape, weight.dtype),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes
+        ),
+        name="gqe_backward_prepare",
+    )(query, index, weight, shared_query, slots, d_slots)

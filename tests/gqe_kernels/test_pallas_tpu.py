@@ -1,0 +1,188 @@
+"""The TPU kernel keeps the contract under the TPU interpreter, and compiles for the chips."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+
+from gqe_kernels import pallas_tpu, routed_attention
+from gqe_kernels.pallas_tpu import attention, blocks
+from tests.gqe_kernels.contract import Case, RoutedAttentionContract, make_inputs
+
+
+@pytest.fixture
+def interpreter():
+    """The interpreter, with scratch memory full of NaNs, raising on a race."""
+    pltpu.reset_tpu_interpret_mode_state()
+    params = pltpu.InterpretParams(detect_races=True, on_race="raise", uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+@pytest.mark.usefixtures("interpreter")
+class TestPallasTpu(RoutedAttentionContract):
+    """Blocks as by default: each of these sequences is one block."""
+
+    implementation = "pallas_tpu"
+    base = Case(head_dim=64)
+    float32_cases = tuple(
+        dataclasses.replace(case, head_dim=64)
+        for case in (
+            Case(),
+            Case(expert=4, k=3, segments="packed"),
+            Case(group=3, expert=1, k=1),
+            Case(group=1, expert=16, k=1, batch=1),
+            Case(expert=3, k=2, weighted=False, batch=1),
+            Case(shared=None, batch=1),
+            Case(shared=None, weighted=False, batch=1),
+            Case(shared="given", segments="padded"),
+            Case(causal=False, kv_len=37, shared="given", batch=1),
+            Case(causal=False, segments="all_padding"),
+            Case(q_len=1, kv_len=24, q_offset=11),
+            Case(q_len=5, kv_len=24, q_offset=(3, 19), segments="padded"),
+            Case(q_len=8, kv_len=24, q_offset=-4, batch=1),
+            Case(routing="one", scale=0.5, batch=1),
+        )
+    )
+    bfloat16_cases = (Case(head_dim=64, expert=4, k=2, segments="packed"),)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks each way, and a backward pass of several launches."""
+    small = pallas_tpu.BlockSizes(
+        q=128, kv=256, strip=64, backward_q=256, backward_kv=128, d_query_bytes=1
+    )
+    monkeypatch.setattr(attention, "default_block_sizes", lambda *_: small)
+
+
+@pytest.mark.usefixtures("interpreter", "small_blocks")
+class TestManyBlocks(RoutedAttentionContract):
+    implementation = "pallas_tpu"
+    base = Case(head_dim=128, q_len=150, group=1)
+    float32_cases = (
+        Case(batch=1, q_len=600, group=1, head_dim=128, segments="packed"),
+        Case(batch=1, q_len=384, head_dim=64),
+        Case(batch=1, q_len=130, kv_len=700, q_offset=513, head_dim=64, expert=3),
+    )
+    bfloat16_cases = float32_cases[1:2]
+
+
+@pytest.fixture
+def diagonal_blocks(monkeypatch):
+    """Square blocks, whose diagonal tiles come first, and what the wide chips' defaults turn on."""
+    square = dict.fromkeys(("q", "kv", "backward_q", "backward_kv"), 256)
+    sized = pallas_tpu.BlockSizes(**square, strip=128, row_sum_on_mxu=True, bfloat16_exp=True)
+    monkeypatch.setattr(attention, "default_block_sizes", lambda *_: sized)
+
+
+@pytest.mark.usefixtures("interpreter", "diagonal_blocks")
+class TestDiagonalFirst(RoutedAttentionContract):
+    implementation = "pallas_tpu"
+    base = Case(head_dim=128, q_len=300, group=1)
+    float32_cases = (
+        Case(batch=1, q_len=300, kv_len=600, q_offset=256, head_dim=64, expert=3),
+        Case(batch=1, q_len=300, group=1, head_dim=128),
+    )
+    bfloat16_cases = float32_cases
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+
+# Each chip, dtype and head_dim, with what shapes the code: segments, traced offsets, ranks, ragged
+# lengths and a padded head.
+COMPILED = [
+    ("v5e", Case(batch=1, q_len=1024, head_dim=64), "bfloat16"),
+    ("v5e", Case(batch=2, q_len=1000, head_dim=64, expert=3, k=2, segments="packed"), "bfloat16"),
+    ("v5p", Case(batch=1, q_len=300, kv_len=450, head_dim=128, q_offset=(150,)), "float32"),
+    ("v6e", Case(batch=1, q_len=1024, head_dim=128), "bfloat16"),
+    ("v6e", Case(batch=1, q_len=1, kv_len=24, q_offset=11, head_dim=64, group=3), "bfloat16"),
+    ("7x", Case(batch=1, q_len=1024, head_dim=128, weighted=False), "bfloat16"),
+    ("7x", Case(batch=1, q_len=600, head_dim=192, group=1, expert=16, shared=None), "bfloat16"),
+]
+
+
+def abstract(chip: str, tree):
+    """The arrays of `tree`, or their shapes, as arguments on one chip that is not here."""
+    topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+@pytest.mark.parametrize(
+    ("chip", "case", "dtype"),
+    COMPILED,
+    ids=[f"{chip}-{dtype}-{case.name}" for chip, case, dtype in COMPILED],
+)
+def test_default_compiles_to_the_kernel_on(chip, case, dtype, monkeypatch):
+    """Forward and backward, by Mosaic and XLA:TPU, with no flag that names the kernel."""
+    monkeypatch.setattr(blocks, "lowered_chip", lambda: chip)
+    arrays, masking = make_inputs(case)
+    index = arrays.pop("expert_index")
+    given = {n: np.asarray(a, jnp.dtype(dtype)) for n, a in arrays.items()}
+    traced = {n: a for n, a in masking.items() if isinstance(a, np.ndarray)}
+    static = {n: a for n, a in masking.items() if n not in traced}
+
+    def loss(given, index, traced):
+        slots = routed_attention(expert_index=index, **given, **traced, **static)
+        return jnp.sum(slots.astype(jnp.float32) ** 2)
+
+    arguments = abstract(chip, (given, index, traced))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    names = re.findall(r"%(gqe_[a-z_]+)[\d.]* = .*custom-call", compiled.as_text())
+    assert sorted(names) == ["gqe_backward_", "gqe_backward_prepare", "gqe_forward"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
+    """Queries, keys, values and slots stay as the projections write and W_O reads them."""
+    length, embed, group, expert = 1024, 384, 2, 2
+    slots = group + 2
+
+    def layer(x, w):
+        query = (x @ w["query"]).reshape(1, length, group, expert, head_dim)
+        key, value = ((x @ w[n]).reshape(1, length, group, head_dim) for n in ("key", "value"))
+        shared_query = x @ w["shared_query"]
+        out = routed_attention(query, key, value, w["index"], w["weight"], shared_query)
+        return out.reshape(1, length, slots * head_dim) @ w["out"]
+
+    shapes = {
+        "query": (embed, group * expert * head_dim),
+        "key": (embed, group * head_dim),
+        "value": (embed, group * head_dim),
+        "shared_query": (embed, head_dim),
+        "out": (slots * head_dim, embed),
+        "weight": (1, length, group, 1),
+    }
+    w = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
+    w["index"] = jax.ShapeDtypeStruct((1, length, group, 1), jnp.int32)
+    x = jax.ShapeDtypeStruct((1, length, embed), jnp.bfloat16)
+    text = jax.jit(layer).lower(*abstract(chip, (x, w))).compile().as_text()
+    assert "gqe_forward" in text
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in moved]
+    assert all(size < length * head_dim for size in sizes), moved
+
+
+def test_what_the_kernel_cannot_take_is_named():
+    arrays, masking = make_inputs(Case())
+    arrays = {n: a if n == "expert_index" else np.float32(a) for n, a in arrays.items()}
+    with pytest.raises(NotImplementedError, match="query: head_dim 8"):
+        routed_attention(**arrays, **masking, implementation="pallas_tpu")
+    arrays = {n: a if n == "expert_index" else np.float16(a) for n, a in arrays.items()}
+    with pytest.raises(NotImplementedError, match="query: dtype float16"):
+        routed_attention(**arrays, **masking, implementation="pallas_tpu")
+
+
+def test_block_sizes_are_checked():
+    with pytest.raises(ValueError, match=r"BlockSizes.kv is 100; it must be a multiple of 128"):
+        pallas_tpu.BlockSizes(kv=100)
+    with pytest.raises(ValueError, match=r"BlockSizes.strip is 384"):
+        pallas_tpu.BlockSizes(strip=384)
