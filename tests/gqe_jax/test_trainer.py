@@ -162,7 +162,7 @@ def test_a_truncated_checkpoint_is_named_with_a_way_on(corpus, tmp_path):
     for path in arrays:
         if "/d/" in path.as_posix():
             os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"checkpoints/14 cannot be read.*go on from step 7"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/14 cannot be read.*go on from step 10"):
         train(dataclasses.replace(config, steps=20), stream=io.StringIO())
 
 
@@ -184,12 +184,13 @@ def test_a_non_finite_loss_stops_the_run(corpus, tmp_path):
 def test_evaluation_of_a_run_equals_the_last_one_in_training(finished):
     config, _ = finished
     last = [line for line in read_metrics(config.run_dir) if "eval_loss" in line][-1]
-    result = evaluate_run(defaults_for(config.run_dir))
+    same = dataclasses.replace(defaults_for(config.run_dir), batches=config.eval_batches)
+    result = evaluate_run(same)
     assert result.step == 30
     assert result.held_out.loss == pytest.approx(last["eval_loss"], rel=1e-5)
     assert result.held_out.tokens == last["eval_tokens"]
     mixed = dataclasses.replace(
-        defaults_for(config.run_dir), mesh=MeshConfig(data=2, fsdp=2, tensor=2), batch_size=4
+        same, mesh=MeshConfig(data=2, fsdp=2, tensor=2), batch_size=4, batches=4
     )
     assert evaluate_run(mixed).held_out.loss == pytest.approx(last["eval_loss"], rel=1e-5)
 
