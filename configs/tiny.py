@@ -21,7 +21,7 @@ TINY = RunConfig(
     data=DataConfig(corpus="stdlib", read_threads=1),
     optimizer=OptimizerConfig(peak_learning_rate=4e-3, final_learning_rate=1e-4),
     run_dir="runs/tiny",
-    steps=1000,
+    steps=700,
     batch_size=16,
     sequence_length=128,
     log_every=10,
