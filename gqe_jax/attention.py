@@ -84,8 +84,9 @@ class _Attention(nnx.Module):
         masking = {"q_offset": cache.length}
         if is_token is not None:
             masking["q_segment_ids"] = is_token.astype(jnp.int32)
-            masking["kv_segment_ids"] = jnp.ones(written.key.shape[:2], jnp.int32)
-        stored = (written.key, written.value, written.shared_key, written.shared_value)
+            masking["kv_segment_ids"] = jnp.ones((len(cache.length), written.capacity), jnp.int32)
+        heads = (jnp.swapaxes(x, 1, 2) for x in (written.key, written.value))
+        stored = (*heads, written.shared_key, written.shared_value)
         return (
             written,
             tuple(x if x is None else x.astype(key.dtype) for x in stored),

@@ -14,11 +14,12 @@ from gqe_jax.config import AttentionConfig
 class KVCache:
     """Keys (rotary applied) and values of one layer; rows may differ in length.
 
+    Groups stand before tokens, so that the products of decoding read each head in one piece.
     `shared_key` and `shared_value` exist only where the shared head has projections of its own.
     """
 
-    key: Float[Array, "batch capacity group head_dim"]
-    value: Float[Array, "batch capacity group head_dim"]
+    key: Float[Array, "batch group capacity head_dim"]
+    value: Float[Array, "batch group capacity head_dim"]
     shared_key: Float[Array, "batch capacity head_dim"] | None
     shared_value: Float[Array, "batch capacity head_dim"] | None
     length: Int[Array, "batch"]
@@ -28,7 +29,7 @@ class KVCache:
         cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype
     ) -> "KVCache":
         """An empty cache for `batch` rows of up to `capacity` tokens."""
-        heads = (batch, capacity, config.num_kv_heads, config.resolved_head_dim)
+        heads = (batch, config.num_kv_heads, capacity, config.resolved_head_dim)
         own = config.variant == "gqe" and config.shared_kv == "own"
         shared = jnp.zeros((batch, capacity, config.resolved_head_dim), dtype) if own else None
         return cls(
@@ -38,6 +39,11 @@ class KVCache:
             shared_value=shared,
             length=jnp.zeros(batch, jnp.int32),
         )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.key.shape[-2]
 
     def append(
         self,
@@ -55,8 +61,7 @@ class KVCache:
         Raises:
           ValueError: more tokens come at once than the cache can hold.
         """
-        batch, new = key.shape[:2]
-        capacity = self.key.shape[1]
+        (batch, new), capacity = key.shape[:2], self.capacity
         if new > capacity:
             raise ValueError(
                 f"cache: capacity is {capacity} and {new} tokens come at once; create a larger one"
@@ -65,15 +70,16 @@ class KVCache:
             is_token = jnp.ones((batch, new), bool)
         slot = self.length[:, None] + jnp.arange(new, dtype=jnp.int32)
         slot = jnp.where(is_token, slot, capacity)
-        row = jnp.arange(batch)[:, None]
 
-        def write(old, x):
-            return old if old is None else old.at[row, slot].set(x.astype(old.dtype), mode="drop")
+        @jax.vmap
+        def write(old, x, slot):
+            return old.at[..., slot, :].set(x.astype(old.dtype), mode="drop")
 
+        own = self.shared_key is not None
         return KVCache(
-            key=write(self.key, key),
-            value=write(self.value, value),
-            shared_key=write(self.shared_key, shared_key),
-            shared_value=write(self.shared_value, shared_value),
+            key=write(self.key, jnp.swapaxes(key, 1, 2), slot),
+            value=write(self.value, jnp.swapaxes(value, 1, 2), slot),
+            shared_key=write(self.shared_key, shared_key, slot) if own else None,
+            shared_value=write(self.shared_value, shared_value, slot) if own else None,
             length=self.length + jnp.sum(is_token, axis=1, dtype=jnp.int32),
         )

@@ -2,6 +2,7 @@
 
 A kernel is opaque to XLA's partitioner, so each device runs it on its own rows and groups. Two
 things cross the tensor axis: the weighted slot's sum, and the shared head's mean key and value.
+Decoding has no kernel: XLA partitions it, and of the shared head only logits and outputs cross.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ _AXES = {
 def sharded_dense_attention(**arguments: Any) -> Float[Array, "batch q_len slot head_dim"]:
     """`gqe_kernels.dense_attention` on the current mesh (`jax.set_mesh`), or without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if _is_trivial(mesh):
+    if _is_trivial(mesh) or _is_decoding(arguments):
         return dense_attention(**arguments)
     batch, _, group, *_ = _spec("query", arguments["query"], mesh)
     return _shard_map(dense_attention, arguments, mesh, PartitionSpec(batch, None, group))
@@ -43,7 +44,7 @@ def sharded_dense_attention(**arguments: Any) -> Float[Array, "batch q_len slot 
 def sharded_routed_attention(**arguments: Any) -> Float[Array, "batch q_len slot head_dim"]:
     """`gqe_kernels.routed_attention` on the current mesh (`jax.set_mesh`), or without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if _is_trivial(mesh):
+    if _is_trivial(mesh) or _is_decoding(arguments):
         return routed_attention(**arguments)
     batch, _, group, *_ = _spec("query", arguments["query"], mesh)
     has_weighted = arguments["slot_weight"] is not None
@@ -67,6 +68,10 @@ def sharded_routed_attention(**arguments: Any) -> Float[Array, "batch q_len slot
 
 def _is_trivial(mesh: AbstractMesh) -> bool:
     return mesh.empty or mesh.size == 1
+
+
+def _is_decoding(arguments: dict[str, Any]) -> bool:
+    return arguments["query"].shape[1] == 1 and arguments["implementation"] is None
 
 
 def _spec(name: str, array: Array, mesh: AbstractMesh) -> PartitionSpec:

@@ -91,8 +91,23 @@ class Transformer(nnx.Module):
           cache: of all layers, from `create_cache`.
 
         Returns:
-          Hidden states; the layers' aux and caches, each with a leading layer axis.
+          Hidden states; the layers' aux and caches, each with a leading layer axis; unrolled, a
+          list of caches.
         """
+        x = constrain(self.embedding(tokens), "batch", "sequence", None)
+        if isinstance(self.layers, nnx.List):
+            aux, written = [], []
+            for i, layer in enumerate(self.layers):
+                x, layer_aux, layer_cache = layer(
+                    x,
+                    positions=positions,
+                    segment_ids=segment_ids,
+                    cache=None if cache is None else cache[i],
+                )
+                aux.append(layer_aux)
+                written.append(layer_cache)
+            aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+            return self.final_norm(x), aux, None if cache is None else written
         graphdef, params = nnx.split(self.layers)
 
         def block(x, layer):
@@ -105,7 +120,6 @@ class Transformer(nnx.Module):
         if self.config.remat != "keep_everything":
             policy = _REMAT_POLICY[self.config.remat]
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x = constrain(self.embedding(tokens), "batch", "sequence", None)
         x, (aux, cache) = jax.lax.scan(block, x, (params, cache))
         return self.final_norm(x), aux, cache
 
@@ -116,11 +130,44 @@ class Transformer(nnx.Module):
         table = self.embedding.embedding[...].astype(hidden.dtype)
         return jnp.einsum("ble,ve->blv", hidden, table, preferred_element_type=jnp.float32)
 
-    def create_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for every layer, stacked along a leading axis."""
+    def create_cache(self, batch: int, capacity: int) -> KVCache | list[KVCache]:
+        """An empty cache for every layer, stacked along a leading axis; a list if unrolled."""
         config = self.config
-        one = KVCache.create(config.attention, batch, capacity, jnp.dtype(config.dtype))
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
+
+        def create():
+            return KVCache.create(config.attention, batch, capacity, jnp.dtype(config.dtype))
+
+        if isinstance(self.layers, nnx.List):
+            return [create() for _ in self.layers]
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), create())
+
+
+def unrolled(model: Transformer) -> Transformer:
+    """The same model with a list of layers, for decoding: weights and caches are read in place.
+
+    A scan would copy each layer's weights and cache out of their stacks at every token. Weights
+    that the model computes with in `config.dtype` are stored in it.
+    """
+    dtype = jnp.dtype(model.config.dtype)
+    graphdef, state = nnx.split(model)
+
+    def store(path, param):
+        in_float32 = {"router", "scale"} & set(path)  # the router and the norms
+        return param if in_float32 else param.replace(param[...].astype(dtype))
+
+    def layer(i, param):
+        axes = param.get_metadata()["out_sharding"]
+        return param.replace(param[...][i], out_sharding=axes[1:])
+
+    stored = [(path, store(path, param)) for path, param in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(stored))
+    graphdef, stacked = nnx.split(model.layers)
+    layers = []
+    for i in range(model.config.num_layers):
+        one = [(path, layer(i, param)) for path, param in nnx.to_flat_state(stacked)]
+        layers.append(nnx.merge(graphdef, nnx.from_flat_state(one)))
+    model.layers = nnx.List(layers)
+    return model
 
 
 def matmul_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels import cudnn, pallas_tpu, reference, xla
+from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
 
-RoutedImplementation = Literal["reference", "xla", "pallas_tpu"]
-DenseImplementation = Literal["reference", "xla", "cudnn"]
+RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu"]
+DenseImplementation = Literal["reference", "xla", "decode", "cudnn"]
 
 _ROUTED = {
     "reference": reference.routed_attention,
     "xla": xla.routed_attention,
+    "decode": decode.routed_attention,
     "pallas_tpu": pallas_tpu.routed_attention,
 }
 _DENSE = {
     "reference": reference.dense_attention,
     "xla": xla.dense_attention,
+    "decode": decode.dense_attention,
     "cudnn": cudnn.dense_attention,
 }
 
@@ -61,9 +63,10 @@ def routed_attention(
         are zero and get no gradient. Both or neither.
       q_offset: the position of the first query among the keys, one or one for each row of the
         batch: chunked prefill and decoding.
-      implementation: "reference" (float32, quadratic memory), "xla" (linear memory) or
-        "pallas_tpu" (a TPU kernel). None: when lowered for TPU, "pallas_tpu" where it takes the
-        arguments; "xla" otherwise.
+      implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
+        (whole logits; keys and values are read once) or "pallas_tpu" (a TPU kernel). None: "decode"
+        for a single query; else, when lowered for TPU, "pallas_tpu" where it takes the arguments;
+        "xla" otherwise.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -116,6 +119,8 @@ def routed_attention(
         shared_key,
         shared_value,
     )
+    if implementation is None and q_len == 1:
+        implementation = "decode"
     if implementation is not None:
         _check_implementation(implementation, RoutedImplementation)
         return _ROUTED[implementation](*operands, **masking)
@@ -144,9 +149,9 @@ def dense_attention(
       query: the queries of every head, by group, rotary embedding applied.
       key, value: one head for each group.
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
-      implementation: "reference", "xla" (linear memory) or "cudnn" (through
-        `jax.nn.dot_product_attention`). None: when lowered for CUDA, "cudnn" where it takes the
-        arguments; "xla" otherwise.
+      implementation: "reference", "xla" (linear memory), "decode" (whole logits) or "cudnn"
+        (through `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when
+        lowered for CUDA, "cudnn" where it takes the arguments; "xla" otherwise.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.
@@ -157,6 +162,8 @@ def dense_attention(
     """
     _check_qkv(query, key, value)
     masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
+    if implementation is None and query.shape[1] == 1:
+        implementation = "decode"
     if implementation is not None:
         _check_implementation(implementation, DenseImplementation)
         return _DENSE[implementation](query, key, value, **masking)

@@ -52,13 +52,21 @@ def attend(
     )[:, None, None]
     high = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("btghd,bsgd->bghts", query, key, precision=high) * scale
+    weights = masked_softmax(logits, mask)
+    return jnp.einsum("bghts,bsgd->btghd", weights, value, precision=high)
+
+
+def masked_softmax(
+    logits: Float[Array, "batch group head q_len kv_len"],
+    mask: Bool[Array, "#batch #group #head q_len kv_len"],
+) -> Float[Array, "batch group head q_len kv_len"]:
+    """Softmax over the visible keys; a row that sees nothing is zero."""
     row_max = jax.lax.stop_gradient(
         jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30)
     )
     weights = jnp.exp(jnp.where(mask, logits - row_max, -jnp.inf))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.einsum("bghts,bsgd->btghd", weights, value, precision=high)
+    return weights / jnp.where(total > 0, total, 1.0)
 
 
 def select_experts(
@@ -84,14 +92,8 @@ def routed_attention(
     **masking,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """The slots of the layer (paper.md, steps 4 and 5); `attend` does the attention itself."""
-    batch, q_len, *_, head_dim = query.shape
     hard = attend(select_experts(query, expert_index), key, value, **masking)
-    slots = [hard.reshape(batch, q_len, -1, head_dim)]
-    if slot_weight is not None:
-        weighted = jnp.sum(
-            slot_weight.astype(jnp.float32)[..., None] * hard.astype(jnp.float32), axis=(2, 3)
-        )
-        slots.append(weighted[:, :, None])
+    shared = None
     if shared_query is not None:
         if shared_key is None:
             shared_key, shared_value = (
@@ -102,9 +104,27 @@ def routed_attention(
             shared_key[:, :, None],
             shared_value[:, :, None],
             **masking,
+        )[:, :, 0, 0]
+    return concatenate_slots(hard, slot_weight, shared, query.dtype)
+
+
+def concatenate_slots(
+    hard: Float[Array, "batch q_len group k head_dim"],
+    slot_weight: Float[Array, "batch q_len group k"] | None,
+    shared: Float[Array, "batch q_len head_dim"] | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """Hard, weighted and shared slots, those there are, in the order of W_O (step 5)."""
+    batch, q_len, *_, head_dim = hard.shape
+    slots = [hard.reshape(batch, q_len, -1, head_dim)]
+    if slot_weight is not None:
+        weighted = jnp.sum(
+            slot_weight.astype(jnp.float32)[..., None] * hard.astype(jnp.float32), axis=(2, 3)
         )
-        slots.append(shared[:, :, 0])
-    return jnp.concatenate([slot.astype(query.dtype) for slot in slots], axis=2)
+        slots.append(weighted[:, :, None])
+    if shared is not None:
+        slots.append(shared[:, :, None])
+    return jnp.concatenate([slot.astype(dtype) for slot in slots], axis=2)
 
 
 def dense_attention(

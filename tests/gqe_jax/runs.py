@@ -69,6 +69,14 @@ def small_config(corpus: pathlib.Path, run_dir: pathlib.Path, **changes) -> RunC
     return dataclasses.replace(config, **changes)
 
 
+def save_untrained(config: RunConfig) -> pathlib.Path:
+    """The run's directory, with a checkpoint of its initial parameters."""
+    steps = make_steps(config, make_mesh(config.mesh))
+    with Checkpoints(config.run_dir) as checkpoints:
+        checkpoints.save(steps.init(), config, "none", None)
+    return pathlib.Path(config.run_dir)
+
+
 def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
     """The same run by `train.py`, on one device, in a process of its own."""
     attention, model = config.model.attention, config.model

@@ -1,0 +1,83 @@
+"""Continues texts with a trained run: `python generate.py RUN_DIR --prompt TEXT`."""
+
+import dataclasses
+import sys
+from typing import Literal
+
+import tyro
+
+from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.generation import Generator, Sampling, stream_text
+from gqe_jax.restore import restore_run
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continue texts with a run's model."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Directory of the run."""
+    prompt: tuple[str, ...]
+    """The texts to continue, decoded as one batch; several are printed one after the other."""
+    max_tokens: int = 256
+    """The most new tokens of a text."""
+    stop: tuple[str, ...] = ()
+    """Sequences that end a text."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    """Of the random numbers."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    tokenizer: str | None = None
+    """`byte` or a tokenizer.json; None: the run's."""
+    chunk_size: int = 256
+    """Tokens of each prompt that the prefill takes at once."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError("prompt is missing; give the text to continue")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be positive")
+
+
+def generate(config: GenerateConfig) -> None:
+    """Prints the prompts and what follows: one as it comes, several when all are done."""
+    run = restore_run(
+        config.run_dir, step=config.step, mesh=config.mesh, tokenizer=config.tokenizer
+    )
+    pieces = stream_text(
+        Generator(run.model, run.mesh, chunk_size=config.chunk_size),
+        run.tokenizer,
+        config.prompt,
+        max_tokens=config.max_tokens,
+        sampling=config.sampling,
+        seed=config.seed,
+        stop=config.stop,
+    )
+    texts = list(config.prompt)
+    streamed = len(texts) == 1
+    print(texts[0] if streamed else "", end="", flush=True)
+    for row, piece in pieces:
+        texts[row] += piece
+        print(piece if streamed else "", end="", flush=True)
+    print("" if streamed else "\n\n".join(texts))
+
+
+def main() -> None:
+    """The command line: a run's directory and the prompt."""
+    config = parse(
+        GenerateConfig,
+        sys.argv[1:],
+        prog="generate.py",
+        description="Continue a text with a run's model. RUN_DIR comes first.",
+    )
+    try:
+        run_command(lambda: generate(config))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Text from a model: chunked prefill, then batched decoding with the dense GQA cache.
+
+    generator = Generator(model)
+    for row, piece in stream_text(generator, tokenizer, ["def main"], max_tokens=100):
+        print(piece, end="", flush=True)
+
+Prompts of different lengths share a batch: each row is padded to the right in the prefill, and then
+decodes at its own positions. So a row's numbers do not depend on the rows beside it, and, but for
+the rounding of sums in another order, neither on the chunks, the size of the batch or the mesh:
+greedy tokens are the same unless two logits, or two experts' probabilities, tie within that.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.sharding import RULES, constrain, make_mesh, shardings
+from gqe_jax.transformer import Transformer, unrolled
+
+_CAPACITY_STEP = 128  # capacities are its multiples, so that few shapes are compiled
+_SHORTEST_CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the logits."""
+
+    temperature: float = 0.0
+    """What the logits are divided by; 0: the most probable token."""
+    top_k: int | None = None
+    """Only the k most probable tokens, and those that tie with the last; None: all."""
+    top_p: float = 1.0
+    """Then only the most probable tokens that together reach this probability."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be >= 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; it must be positive, or None for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def sample(
+    logits: Float[Array, "batch vocab"],
+    sampling: Sampling,
+    key: Array,
+    row: Int[Array, "batch"],
+    position: Int[Array, ""],
+) -> Int[Array, "batch"]:
+    """One token a row; its random numbers depend on `key`, its `row` and `position` alone."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        more_probable = jnp.cumsum(probability, axis=-1) - probability
+        kept = more_probable < sampling.top_p
+        least = jnp.min(ordered, axis=-1, keepdims=True, where=kept, initial=jnp.inf)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), position))(row)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+class Generator:
+    """Decodes with a model; compiles once for each shape of batch, chunk and cache.
+
+    Args:
+      model: its parameters are copied, layer by layer, in the type they are computed with.
+      mesh: the devices that share the work, from `sharding.make_mesh`; None: one device.
+      chunk_size: tokens of each row that the prefill takes at once.
+
+    Raises:
+      ConfigError: `chunk_size` is not positive.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh | None = None, *, chunk_size: int = 256):
+        if chunk_size < 1:
+            raise ConfigError(f"chunk_size is {chunk_size}; it must be positive")
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
+        self.chunk_size = chunk_size
+        self._embed_dim = model.config.embed_dim
+        self._dtype = jnp.dtype(model.config.dtype)
+        trained, params = nnx.split(model)
+        unroll = lambda params: nnx.state(unrolled(nnx.merge(trained, params)))  # noqa: E731
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: unrolled(nnx.merge(trained, params))))
+        layout = shardings(jax.eval_shape(unroll, params), self.mesh)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        with jax.set_mesh(self.mesh):
+            self._params = jax.jit(unroll, out_shardings=layout)(params)
+
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def create(params, batch, capacity):
+            cache = nnx.merge(graphdef, params).create_cache(batch, capacity)
+            axes = {1: ("batch",), 3: ("batch", None, None), 4: ("batch", "group", None, None)}
+            return jax.tree.map(lambda x: constrain(x, *axes[x.ndim]), cache)
+
+        @functools.partial(jax.jit, donate_argnums=(3, 4))
+        def prefill(params, tokens, count, last, cache):
+            is_token = jnp.arange(tokens.shape[1]) < count[:, None]
+            hidden, _, cache = nnx.merge(graphdef, params)(
+                tokens, segment_ids=is_token.astype(jnp.int32), cache=cache
+            )
+            index = jnp.maximum(count - 1, 0)[:, None, None]
+            ending = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
+            return jnp.where(count[:, None] > 0, ending, last), cache
+
+        @jax.jit
+        def logits(params, hidden):
+            return nnx.merge(graphdef, params).logits(hidden[:, None])[:, 0]
+
+        @functools.partial(jax.jit, donate_argnums=3)
+        def decode(params, token, active, cache):
+            hidden, _, cache = nnx.merge(graphdef, params)(
+                token[:, None], segment_ids=active[:, None].astype(jnp.int32), cache=cache
+            )
+            return logits(params, hidden[:, 0]), cache
+
+        self._create, self._prefill, self._logits, self._decode = create, prefill, logits, decode
+        self._sample = jax.jit(sample, static_argnames="sampling", out_shardings=whole)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        end_of_document: int | None = None,
+        stop: Callable[[int, int], bool] = lambda row, token: False,
+    ) -> Iterator[tuple[int, int]]:
+        """Continues the prompts, as one batch; yields each row's tokens as they come.
+
+        Args:
+          prompts: token ids, at least one each.
+          max_tokens: the most new tokens of a row.
+          sampling, seed: how tokens are chosen.
+          rows: numbers that tell the prompts' random numbers apart, so that a prompt of a long list
+            draws the same ones in any batch; None: 0, 1, …
+          end_of_document: the token that ends a row and is not yielded; None: none does.
+          stop: asked with each row and token that was yielded; True ends that row.
+
+        Yields:
+          (row, token).
+
+        Raises:
+          ValueError: a prompt has no token.
+        """
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {row} is empty; give it a token, such as end_of_document")
+        with jax.set_mesh(self.mesh):
+            yield from self._stream(
+                prompts, max_tokens, sampling, seed, rows, end_of_document, stop
+            )
+
+    def _stream(self, prompts, max_tokens, sampling, seed, rows, end_of_document, stop):
+        shards = int(np.prod([self.mesh.shape[name] for name in RULES["batch"]]))
+        batch = _round_up(len(prompts), shards)
+        number = np.arange(batch) if rows is None else np.pad(rows, (0, batch - len(prompts)))
+        key = jax.random.key(seed)
+        logits, cache = self._start(prompts, batch, max_tokens)
+        token = self._sample(logits, sampling, key, number, 0)
+        active = np.arange(batch) < len(prompts)
+        for step in range(1, max_tokens + 1):
+            if step < max_tokens:  # the device works on the next token while this one is looked at
+                logits, cache = self._decode(self._params, token, active.copy(), cache)
+                following = self._sample(logits, sampling, key, number, step)
+            tokens = np.asarray(token)
+            for row in np.flatnonzero(active).tolist():
+                value = int(tokens[row])
+                if value == end_of_document:
+                    active[row] = False
+                    continue
+                yield row, value
+                active[row] = not stop(row, value)
+            if step == max_tokens or not active.any():
+                return
+            token = following
+
+    def _start(self, prompts, batch, max_tokens):
+        """Logits behind every prompt, and the cache, by prefill in chunks."""
+        longest = max(map(len, prompts))
+        chunk = min(self.chunk_size, max(_SHORTEST_CHUNK, 1 << (longest - 1).bit_length()))
+        length = _round_up(longest, chunk)
+        tokens, lengths = np.zeros((batch, length), np.int32), np.zeros(batch, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+        capacity = _round_up(max(longest + max_tokens, chunk), _CAPACITY_STEP)
+        cache = self._create(self._params, batch, capacity)
+        last = jnp.zeros((batch, self._embed_dim), self._dtype)
+        for start in range(0, length, chunk):
+            count = np.clip(lengths - start, 0, chunk)
+            part = tokens[:, start : start + chunk]
+            last, cache = self._prefill(self._params, part, count, last, cache)
+        return self._logits(self._params, last), cache
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+class TextStream:
+    """The text of one row as its tokens come, up to a stop sequence.
+
+    Bytes of an unfinished character, and text that may yet become a stop sequence, wait.
+
+    Args:
+      decode: from all tokens so far to text, with U+FFFD for what is no character.
+      stop: sequences that end the text, and are no part of it.
+
+    >>> text = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stop=["\\n\\n"])
+    >>> [text.push(token) for token in "né\\n\\nx".encode()]
+    ['n', '', 'é', '', '', '']
+    >>> text.stopped
+    True
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
+        if "" in stop:
+            raise ConfigError("stop is ''; a stop sequence must have at least one character")
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with this token."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        end = min((i for s in self._stop if (i := text.find(s)) >= 0), default=None)
+        if end is not None:
+            self.stopped = True
+            return self._extend(text[:end])
+        text = text.rstrip("\ufffd")
+        return self._extend(text[: len(text) - self._beginning_of_a_stop(text)])
+
+    def finish(self) -> str:
+        """What was still waiting; no token follows."""
+        return "" if self.stopped else self._extend(self._decode(self._tokens))
+
+    def _extend(self, text: str) -> str:
+        if not text.startswith(self.text):
+            return ""
+        new, self.text = text[len(self.text) :], text
+        return new
+
+    def _beginning_of_a_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop sequence."""
+        longest = max(map(len, self._stop), default=0) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(s.startswith(text[-size:]) for s in self._stop):
+                return size
+        return 0
+
+
+def stream_text(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[int, str]]:
+    """Continues texts, as one batch; yields (row, the next piece of its text).
+
+    An empty prompt is the beginning of a document. The arguments are those of `Generator.stream`;
+    `stop` are sequences that end a row's text and are no part of it.
+    """
+    ids = [
+        tokens if len(tokens) else [tokenizer.end_of_document]
+        for tokens in tokenizer.encode_batch(prompts)
+    ]
+    texts = [TextStream(tokenizer.decode, stop) for _ in prompts]
+    tokens = generator.stream(
+        ids,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        seed=seed,
+        rows=rows,
+        end_of_document=tokenizer.end_of_document,
+        stop=lambda row, token: texts[row].stopped,
+    )
+    for row, token in tokens:
+        if piece := texts[row].push(token):
+            yield row, piece
+    for row, text in enumerate(texts):
+        if piece := text.finish():
+            yield row, piece

@@ -1,0 +1,243 @@
+"""Generation against whole forward passes without a cache, and the text that comes of tokens."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
+from gqe_jax.data import DataError
+from gqe_jax.data.tokenizers import ByteTokenizer
+from gqe_jax.generation import Generator, Sampling, TextStream, sample, stream_text
+from gqe_jax.restore import restore_run
+from gqe_jax.sharding import make_mesh
+from gqe_jax.transformer import unrolled
+from tests.gqe_jax.runs import save_untrained, small_config
+
+CONFIG = ModelConfig(
+    attention=AttentionConfig(
+        embed_dim=32, num_query_experts=4, num_kv_heads=2, router_init_std=0.5
+    ),
+    num_layers=2,
+    mlp_dim=48,
+    vocab_size=256,
+    dtype="float32",
+)
+NEW = 12
+PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (5, 1, 23, 12)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def generator(model):
+    return Generator(model)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """The most probable continuations, each token by a forward pass over all before it."""
+    logits_of = nnx.jit(lambda model, tokens: model.logits(model(tokens)[0]))
+    rows = [list(prompt) for prompt in PROMPTS]
+    for row in rows:
+        for _ in range(NEW):
+            padded = np.zeros((1, 36), np.int32)
+            padded[0, : len(row)] = row
+            logits = np.asarray(logits_of(model, padded))[0, len(row) - 1]
+            second, first = np.sort(logits)[-2:]
+            assert first - second > 1e-4  # far above rounding: no accident decides
+            row.append(int(logits.argmax()))
+    return [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+
+
+def generate(generator, prompts=PROMPTS, **options):
+    rows = [[] for _ in prompts]
+    for row, token in generator.stream(prompts, max_tokens=NEW, **options):
+        rows[row].append(token)
+    return rows
+
+
+@pytest.mark.parametrize("chunk_size", [256, 7])
+def test_greedy_tokens_are_those_of_whole_forward_passes(model, expected, chunk_size):
+    assert generate(Generator(model, chunk_size=chunk_size)) == expected
+
+
+def test_greedy_tokens_do_not_depend_on_the_batch(generator, expected):
+    assert generate(generator, PROMPTS[2:3]) == expected[2:3]
+    order = [3, 1, 2, 3]
+    assert generate(generator, [PROMPTS[i] for i in order]) == [expected[i] for i in order]
+
+
+def test_greedy_tokens_do_not_depend_on_the_mesh(model, expected):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert generate(Generator(model, mesh, chunk_size=16)) == expected
+
+
+def test_a_rows_random_numbers_are_its_own(generator):
+    options = {"sampling": Sampling(temperature=0.1, top_k=10, top_p=0.9), "seed": 3}
+    together = generate(generator, **options)
+    assert generate(generator, PROMPTS[2:3], rows=[2], **options) == together[2:3]
+    assert generate(generator, **options | {"seed": 4}) != together
+    assert len(set(map(tuple, generate(generator, [PROMPTS[2]] * 4, **options)))) == 4
+
+
+def test_rows_end_by_themselves(generator, expected):
+    """At the token that ends documents, and where the caller says so."""
+    end = next(t for t in expected[2] if t not in expected[0])
+    rows = generate(
+        generator, end_of_document=end, stop=lambda row, token: row == 0 and token == expected[0][3]
+    )
+    assert rows[0] == expected[0][: expected[0].index(expected[0][3]) + 1]
+    assert rows[2] == expected[2][: expected[2].index(end)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "probabilities"),
+    [
+        (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(temperature=0.5), [0.25, 0.09, 0.0225, 0.0025]),
+        (Sampling(temperature=1.0, top_k=2), [0.5, 0.3, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.79), [0.5, 0.3, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.81), [0.5, 0.3, 0.15, 0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), [0.5, 0, 0, 0]),
+        (Sampling(), [1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling, probabilities):
+    """Of 20,000 rows, within four standard deviations; the order in the vocabulary is another."""
+    count, order = 20_000, [2, 0, 3, 1]
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))[order].astype(np.float32)
+    tokens = sample(jnp.tile(logits, (count, 1)), sampling, jax.random.key(0), np.arange(count), 0)
+    shares = np.bincount(tokens, minlength=4)[np.argsort(order)] / count
+    wanted = np.array(probabilities) / np.sum(probabilities)
+    assert (np.abs(shares - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / count)).all()
+
+
+@pytest.mark.parametrize("variant", ["gqe", "gqa"])
+def test_decoding_copies_neither_cache_nor_mean(variant):
+    """No temporary is as large as one layer's keys, and the cache is updated in place."""
+    attention = dataclasses.replace(CONFIG.attention, variant=variant, head_dim=32)
+    config = dataclasses.replace(CONFIG, attention=attention)
+    model = nnx.eval_shape(lambda: unrolled(Transformer(config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(model)
+    cache = jax.eval_shape(lambda: nnx.merge(graphdef, params).create_cache(2, 2048))
+
+    def step(params, token, cache):
+        hidden, _, cache = nnx.merge(graphdef, params)(token, cache=cache)
+        return hidden, cache
+
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=2).lower(params, token, cache).compile()
+    memory = compiled.memory_analysis()
+    keys = 4 * cache[0].key.size
+    assert memory.alias_size_in_bytes >= 2 * CONFIG.num_layers * keys
+    assert memory.temp_size_in_bytes < keys / 2
+    entry = compiled.as_text().split("ENTRY")[1].splitlines()
+    large = [line for line in entry if re.match(r" *%\S+ = f32\[2,2,2048,32\]", line)]
+    written = [line.split("=")[0].strip() for line in large if "parameter(" not in line]
+    assert len(written) == 2 * CONFIG.num_layers
+    readers = [
+        line
+        for line in entry
+        if line not in large
+        and "ROOT" not in line
+        and any(re.search(rf"{name}[,)]", line) for name in written)
+    ]
+    assert len(readers) == 2 * CONFIG.num_layers  # one product a key or value of all groups
+
+
+def test_weights_are_stored_in_the_type_they_are_computed_with():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model = nnx.eval_shape(lambda: unrolled(Transformer(config, rngs=nnx.Rngs(0))))
+    stored = {"/".join(map(str, p)): v.dtype for p, v in nnx.to_flat_state(nnx.state(model))}
+    assert stored["layers/1/mlp/up/kernel"] == jnp.bfloat16
+    assert stored["layers/1/attention/router/kernel"] == jnp.float32
+    assert stored["final_norm/scale"] == jnp.float32
+
+
+def bytes_to_text(tokens):
+    return bytes(tokens).decode(errors="replace")
+
+
+def test_text_comes_in_whole_characters():
+    stream, whole = TextStream(bytes_to_text), "a€b\U0001f600"
+    pieces = [stream.push(token) for token in whole.encode()]
+    assert pieces == ["a", "", "", "€", "b", "", "", "", "\U0001f600"]
+    assert stream.push(0xE2) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_text_ends_before_a_stop_sequence():
+    stream = TextStream(bytes_to_text, stop=["STOP", "END."])
+    pieces = [stream.push(token) for token in b"oSTaEND.x"]
+    assert pieces == ["o", "", "", "STa", "", "", "", "", ""]
+    assert stream.text == "oSTa"
+    assert stream.stopped
+    assert stream.finish() == ""
+    unfinished = TextStream(bytes_to_text, stop=["STOP"])
+    assert [unfinished.push(token) for token in b"STO"] == ["", "", ""]
+    assert unfinished.finish() == "STO"
+
+
+def test_texts_stream_with_stops_of_their_own(generator):
+    options = {"sampling": Sampling(temperature=0.2), "max_tokens": NEW}
+    prompts = ["a prompt of 24 characters", "", "a", "b"]
+
+    def texts(**more):
+        rows = [""] * 4
+        for row, piece in stream_text(generator, ByteTokenizer(), prompts, **options | more):
+            rows[row] += piece
+        return rows
+
+    whole = texts()
+    assert all(whole)
+    stop = whole[1][4:6]
+    assert texts(stop=[stop]) == [text.split(stop)[0] for text in whole]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda g: Sampling(temperature=-1), ConfigError, "temperature is -1; it must be >= 0"),
+        (lambda g: Sampling(top_k=0), ConfigError, "top_k is 0; it must be positive"),
+        (lambda g: Sampling(top_p=0), ConfigError, "top_p is 0; it must be above 0"),
+        (lambda g: TextStream(bytes_to_text, [""]), ConfigError, "stop is ''"),
+        (lambda g: list(g.stream([[1], []], max_tokens=1)), ValueError, "prompt 1 is empty"),
+    ],
+)
+def test_what_cannot_work_is_named(generator, make, error, message):
+    with pytest.raises(error, match=message):
+        make(generator)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return str(save_untrained(small_config("gone", tmp_path_factory.mktemp("run"))))
+
+
+def test_the_command_line_prints_the_prompt_and_what_follows(run_dir, capsys):
+    from generate import GenerateConfig
+    from generate import generate as generate_text
+
+    options = {"sampling": Sampling(temperature=0.3), "seed": 1, "tokenizer": "byte"}
+    generate_text(GenerateConfig(run_dir, prompt=("def f",), max_tokens=8, **options))
+    alone = capsys.readouterr().out
+    assert alone.startswith("def f")
+    assert len(alone) > len("def f\n")
+    generate_text(GenerateConfig(run_dir, prompt=("def f", "import "), max_tokens=1, **options))
+    first, second = capsys.readouterr().out.split("\n\n", 1)
+    assert first.startswith("def f")
+    assert second.startswith("import ")
+
+
+def test_a_run_whose_corpus_is_gone_asks_for_its_tokenizer(run_dir):
+    with pytest.raises(DataError, match=r"corpus gone has no manifest.json.*--tokenizer byte"):
+        restore_run(run_dir)
