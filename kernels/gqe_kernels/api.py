@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels import cudnn, pallas_tpu, reference, xla
 
 RoutedImplementation = Literal["reference", "xla", "pallas_tpu"]
-DenseImplementation = Literal["reference", "xla", "cudnn"]
+DenseImplementation = Literal["reference", "xla", "pallas_tpu", "cudnn"]
 
 _ROUTED = {
     "reference": reference.routed_attention,
@@ -21,6 +21,7 @@ _ROUTED = {
 _DENSE = {
     "reference": reference.dense_attention,
     "xla": xla.dense_attention,
+    "pallas_tpu": pallas_tpu.dense_attention,
     "cudnn": cudnn.dense_attention,
 }
 
@@ -144,9 +145,10 @@ def dense_attention(
       query: the queries of every head, by group, rotary embedding applied.
       key, value: one head for each group.
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
-      implementation: "reference", "xla" (linear memory) or "cudnn" (through
-        `jax.nn.dot_product_attention`). None: when lowered for CUDA, "cudnn" where it takes the
-        arguments; "xla" otherwise.
+      implementation: "reference", "xla" (linear memory), "pallas_tpu" (the routed kernel with
+        every expert chosen) or "cudnn" (through `jax.nn.dot_product_attention`). None: when lowered
+        for TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments; "xla"
+        otherwise.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.
@@ -160,11 +162,13 @@ def dense_attention(
     if implementation is not None:
         _check_implementation(implementation, DenseImplementation)
         return _DENSE[implementation](query, key, value, **masking)
-    fallback = functools.partial(xla.dense_attention, **masking)
-    if cudnn.unsupported(query, key, **masking) is not None or not cudnn.available():
-        return fallback(query, key, value)
-    fast = functools.partial(cudnn.dense_attention, **masking)
-    return jax.lax.platform_dependent(query, key, value, cuda=fast, default=fallback)
+    by_platform = {"default": xla.dense_attention}
+    if pallas_tpu.dense_unsupported(query, key) is None:
+        by_platform["tpu"] = pallas_tpu.dense_attention
+    if cudnn.unsupported(query, key, **masking) is None and cudnn.available():
+        by_platform["cuda"] = cudnn.dense_attention
+    bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
+    return jax.lax.platform_dependent(query, key, value, **bound)
 
 
 def _check_qkv(query, key, value) -> tuple[int, ...]:
