@@ -21,11 +21,11 @@ from pathlib import Path
 from kernels.benchmarks.schedule import report
 from kernels.benchmarks.schedule.bundles import ScheduleError
 from kernels.benchmarks.schedule.chips import CHIPS
-from kernels.benchmarks.schedule.compare import GQE, SPLASH, Comparison, compare
+from kernels.benchmarks.schedule.compare import DENSE, GQE, SPLASH, Comparison, compare
 from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure
 
-CASES = {"gqe": GQE, "splash": SPLASH}
+CASES = {"gqe": GQE, "dense": DENSE, "splash": SPLASH}
 TABLE = {"chip": ["v5e", "v6e", "tpu7x"], "head_dim": [64, 128], "length": [4096, 32768]}
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,8 +64,9 @@ def _compare(options) -> Iterator[Comparison]:
             progress=progress,
         ):
             if not options.table:
-                print(report.text(result.splash), report.text(result.gqe), sep="\n\n")
-                print(f"\nsplash / GQE: {result.ratio:.3f}\n", flush=True)
+                for cost in (result.splash, result.dense, result.gqe):
+                    print(report.text(cost), end="\n\n")
+                print(f"splash / GQE: {result.ratio:.3f}; dense / GQE: {result.dense_ratio:.3f}\n")
             yield result
 
 
@@ -104,7 +105,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--table", action="store_true", help="compare on every chip, head size and length")
     add("--compare", choices=["splash"], help="print splash attention's schedule, and the ratio")
-    add("--case", default="gqe", help="gqe, splash or module:function (default: gqe)")
+    add("--case", default="gqe", help="gqe, dense, splash or module:function (default: gqe)")
     add("--chip", nargs="+", choices=list(CHIPS), default=["v6e"])
     add("--head-dim", nargs="+", type=int, default=[128])
     add("--length", nargs="+", type=int, default=[4096], help="tokens of one sequence")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
 
 RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu"]
-DenseImplementation = Literal["reference", "xla", "decode", "cudnn"]
+DenseImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "cudnn"]
 
 _ROUTED = {
     "reference": reference.routed_attention,
@@ -23,6 +23,7 @@ _DENSE = {
     "reference": reference.dense_attention,
     "xla": xla.dense_attention,
     "decode": decode.dense_attention,
+    "pallas_tpu": pallas_tpu.dense_attention,
     "cudnn": cudnn.dense_attention,
 }
 
@@ -149,9 +150,10 @@ def dense_attention(
       query: the queries of every head, by group, rotary embedding applied.
       key, value: one head for each group.
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
-      implementation: "reference", "xla" (linear memory), "decode" (whole logits) or "cudnn"
-        (through `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when
-        lowered for CUDA, "cudnn" where it takes the arguments; "xla" otherwise.
+      implementation: "reference", "xla" (linear memory), "decode" (whole logits), "pallas_tpu" (the
+        routed kernel with every expert chosen) or "cudnn" (through
+        `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when lowered for
+        TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments; "xla" otherwise.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.
@@ -167,11 +169,13 @@ def dense_attention(
     if implementation is not None:
         _check_implementation(implementation, DenseImplementation)
         return _DENSE[implementation](query, key, value, **masking)
-    fallback = functools.partial(xla.dense_attention, **masking)
-    if cudnn.unsupported(query, key, **masking) is not None or not cudnn.available():
-        return fallback(query, key, value)
-    fast = functools.partial(cudnn.dense_attention, **masking)
-    return jax.lax.platform_dependent(query, key, value, cuda=fast, default=fallback)
+    by_platform = {"default": xla.dense_attention}
+    if pallas_tpu.dense_unsupported(query, key) is None:
+        by_platform["tpu"] = pallas_tpu.dense_attention
+    if cudnn.unsupported(query, key, **masking) is None and cudnn.available():
+        by_platform["cuda"] = cudnn.dense_attention
+    bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
+    return jax.lax.platform_dependent(query, key, value, **bound)
 
 
 def _check_qkv(query, key, value) -> tuple[int, ...]:

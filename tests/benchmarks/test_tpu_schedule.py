@@ -201,10 +201,11 @@ def test_reports_of_a_comparison(tmp_path):
     splash = cost([labelled()], "m:splash", "v6e", {"block_q": 512, "block_kv": 1024}, case)
     case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 0}}, pairs=10, macs=100)
     gqe = cost([labelled()], "m:gqe", "v6e", {}, case)
-    comparison = Comparison("v6e", 128, 4096, False, splash, gqe, {"q 512": 1})
+    comparison = Comparison("v6e", 128, 4096, False, splash, gqe, splash, {"q 512": 1})
     ratio = (ONCE + 8 * STEP + 4 * EVEN) / (ONCE + 8 * STEP)
-    assert f"| 4,096 | forward | 512 × 1024 | 293 | 193 | **{ratio:.2f}** |" in report.markdown(
-        [comparison]
+    assert (
+        f"| 4,096 | forward | 512 × 1024 | 293 | 293 | 193 | **{ratio:.2f}** |"
+        in report.markdown([comparison])
     )
     report.write_json(tmp_path / "deep" / "x.json", [comparison])
     (result,) = json.loads((tmp_path / "deep" / "x.json").read_text())["results"]

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from gqe_kernels import dense_attention, routed_attention
 from tests import oracle
@@ -71,11 +70,11 @@ CASES = [
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # of the largest entry
 
-DENSE_CASES = [
+DENSE_CASES = tuple(
     case
     for case in CASES
     if case.k == 1 and case.shared == "mean" and case.weighted and case.routing == "random"
-]
+)
 
 DIFFERENTIABLE = (
     "query", "key", "value", "slot_weight", "shared_query", "shared_key", "shared_value",
@@ -231,8 +230,11 @@ class DenseAttentionContract:
     """The dense baseline against the float64 oracle."""
 
     implementation: str | None
+    cases: tuple[Case, ...] = DENSE_CASES
 
-    @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
+    def pytest_generate_tests(self, metafunc):
+        metafunc.parametrize("case", self.cases, ids=lambda case: case.name)
+
     def test_float32(self, case):
         arrays, masking = make_inputs(case)
         values = tuple(arrays[name] for name in ("query", "key", "value"))

@@ -13,7 +13,13 @@ from jax.sharding import SingleDeviceSharding
 
 from gqe_kernels import pallas_tpu, routed_attention
 from gqe_kernels.pallas_tpu import attention, blocks
-from tests.gqe_kernels.contract import Case, RoutedAttentionContract, make_inputs
+from gqe_kernels.pallas_tpu.tile import Tiles
+from tests.gqe_kernels.contract import (
+    Case,
+    DenseAttentionContract,
+    RoutedAttentionContract,
+    make_inputs,
+)
 
 
 @pytest.fixture
@@ -87,10 +93,31 @@ class TestDiagonalFirst(RoutedAttentionContract):
     implementation = "pallas_tpu"
     base = Case(head_dim=128, q_len=300, group=1)
     float32_cases = (
-        Case(batch=1, q_len=300, kv_len=600, q_offset=256, head_dim=64, expert=3),
-        Case(batch=1, q_len=300, group=1, head_dim=128),
+        Case(batch=1, q_len=200, kv_len=600, q_offset=256, head_dim=64, expert=3),
+        Case(batch=1, q_len=600, group=1, head_dim=128),
     )
     bfloat16_cases = float32_cases
+
+
+@pytest.mark.usefixtures("interpreter", "diagonal_blocks")
+class TestDensePallasTpu(DenseAttentionContract):
+    implementation = "pallas_tpu"
+    cases = (
+        Case(batch=1, head_dim=64, expert=3, segments="packed"),
+        Case(batch=1, q_len=300, group=1, head_dim=128),
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_prefills_grid_visits_every_block_below_the_diagonal_once(length, offset):
+    tiles = Tiles(128, 128, 128 * length, 128 * (length + offset), True, False, 128 * offset)
+    pairs, steps = tiles.pairs
+    visited = [tiles.paired(pair, step) for pair in range(pairs) for step in range(steps)]
+    blocks = [(int(i), int(i) + offset - int(step)) for i, step in visited]
+    below = [(i, j) for i in range(length) for j in range(i + offset + 1)]
+    assert sorted(block for block in blocks if block[1] >= 0) == below
+    assert length % 2 or len(blocks) == len(below)
 
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}

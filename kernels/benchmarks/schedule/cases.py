@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gqe_kernels import pallas_tpu
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.layout import Layout
+from gqe_kernels.pallas_tpu.tile import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +125,18 @@ def gqe(
     groups: int = 8,
     experts: int = 2,
     k: int = 1,
+    other_slots: bool = True,
     training: bool = False,
     **blocks,
 ) -> Case:
     """This project's kernel: k experts of each group and the shared head, one sequence, bfloat16.
 
     Args:
+      other_slots: the weighted and the shared slot.
       training: the forward and the backward pass, not the forward alone.
       blocks: fields of `pallas_tpu.BlockSizes` that differ from the chip's defaults.
     """
-    layout = Layout(groups, experts, k, head_dim, weighted=True, shared=True)
+    layout = Layout(groups, experts, k, head_dim, weighted=other_slots, shared=other_slots)
     sizes = default_block_sizes(layout, length, length, 2, chip=chip.removeprefix("tpu"))
     if sizes is None:
         raise ValueError(f"head_dim is {head_dim}; the kernel has no block sizes that fit in VMEM")
@@ -145,6 +148,8 @@ def gqe(
     )
     index = jax.ShapeDtypeStruct((1, length, groups, k), jnp.int32)
     weight = jax.ShapeDtypeStruct((1, length, groups, k), jnp.bfloat16)
+    if not other_slots:
+        weight = shared = None
 
     def call(query, key, value, index, weight, shared):
         return pallas_tpu.routed_attention(
@@ -166,17 +171,14 @@ def gqe(
 
     interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
     rows = length // sizes.q
+    tiles = Tiles(sizes.q, sizes.kv, length, length, True, segments=False, static_offset=0)
+    grid = tiles.pairs if tiles.diagonal_first else (rows, length // sizes.kv)
+    first = {"diagonal": rows} if tiles.diagonal_first else {"start": rows, "masked": crossed}
     executions = {
-        "gqe_forward": {
-            "grid": rows * (length // sizes.kv),
-            "start": rows,
-            "interior": interior,
-            "diagonal" if sizes.q == sizes.kv else "masked": crossed,
-            "finish": rows,
-        }
+        "gqe_forward": {"grid": math.prod(grid), **first, "interior": interior, "finish": rows}
     }
     arguments = (query, key, key, index, weight, shared)
-    heads = k * groups + 1
+    heads = layout.heads
     if not training:
         return Case(call, arguments, executions, *_work(length, head_dim, heads, products=2))
 
@@ -187,10 +189,17 @@ def gqe(
         out, vjp = jax.vjp(slots, query, key, value, weight, shared)
         return out, vjp(d_slots)
 
-    d_slots = jax.ShapeDtypeStruct((1, length, heads + 1, head_dim), jnp.bfloat16)
+    d_slots = jax.ShapeDtypeStruct((1, length, layout.slots, head_dim), jnp.bfloat16)
     executions |= _gqe_backward(length, layout, sizes)
     work = _work(length, head_dim, heads, products=7)
     return Case(with_gradients, (*arguments, d_slots), executions, *work)
+
+
+def dense(length: int, head_dim: int, chip: str, experts: int = 2, **options) -> Case:
+    """This project's kernel with all experts chosen, and their slots alone: grouped-query attention
+    as `dense_attention` computes it on TPU. The options are those of `gqe`."""
+    chosen = {"experts": experts, "k": experts, "other_slots": False}
+    return gqe(length, head_dim, chip, **chosen, **options)
 
 
 def _gqe_backward(length: int, layout: Layout, sizes) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Splash attention, dense, at its best block sizes, against this project's kernel."""
+"""Splash attention at its best block sizes against this project's kernel, routed and dense."""
 
 import dataclasses
 import itertools
@@ -13,6 +13,7 @@ from kernels.benchmarks.schedule.cost import Cost, cost, measure
 
 SPLASH = f"{cases.__name__}:splash"
 GQE = f"{cases.__name__}:gqe"
+DENSE = f"{cases.__name__}:dense"
 # What the sweeps try: blocks of queries, blocks of keys, and the part of those computed at a time.
 # Larger ones take many minutes to compile, each tile being unrolled.
 FORWARD = tuple(
@@ -41,6 +42,7 @@ class Comparison:
 
     Attributes:
       training: the forward and the backward pass, not the forward alone.
+      dense: of this project's kernel with every head computed, as splash attention does.
       sweep: estimated cycles of splash attention's kernels at all block sizes tried, least first.
     """
 
@@ -50,12 +52,18 @@ class Comparison:
     training: bool
     splash: Cost
     gqe: Cost
+    dense: Cost
     sweep: dict[str, int]
 
     @property
     def ratio(self) -> float:
         """Static cycles of splash attention over those of the kernel."""
         return self.splash.cycles / self.gqe.cycles
+
+    @property
+    def dense_ratio(self) -> float:
+        """Static cycles of the kernel run dense over those of the kernel routed."""
+        return self.dense.cycles / self.gqe.cycles
 
     @property
     def issued_ratio(self) -> float:
@@ -112,7 +120,9 @@ def compare(
             progress(f"{chip}, D = {head_dim}, {length} tokens: splash at {_name(blocks)}, and GQE")
             shape = {"length": length, "head_dim": head_dim}
             splash = pool.submit(measure, SPLASH, chip, shape | blocks)
-            gqe = pool.submit(measure, GQE, chip, shape | ({"training": True} if training else {}))
+            if training:
+                shape["training"] = True
+            gqe, dense = (pool.submit(measure, case, chip, shape) for case in (GQE, DENSE))
             tried = sorted(itertools.chain(*passes), key=lambda x: x.cycles[length])
             yield Comparison(
                 chip,
@@ -121,6 +131,7 @@ def compare(
                 training,
                 splash.result(),
                 gqe.result(),
+                dense.result(),
                 {_name(x.blocks): x.cycles[length] for x in tried},
             )
 

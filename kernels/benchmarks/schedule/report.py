@@ -61,18 +61,17 @@ def _align(table: Sequence[Sequence[str]]) -> list[str]:
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """One row a comparison."""
     lines = [
-        "| chip | D | tokens | pass | splash's blocks | splash, cycles | GQE, cycles "
-        "| ratio | without waits | splash, cycles a pair | GQE, cycles a pair | splash, MACs "
-        "| GQE, MACs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| chip | D | tokens | pass | splash's blocks | splash | dense | GQE | splash / GQE "
+        "| without waits | dense / GQE | cycles a pair: splash | GQE | peak MACs: splash | GQE |",
+        "|" + "---|" * 15,
     ]
     for c in comparisons:
         blocks = " × ".join(str(v) for k, v in c.splash.options.items() if k.startswith("block"))
         kind = "both" if c.training else "forward"
         lines.append(
             f"| {c.chip} | {c.head_dim} | {c.length:,} | {kind} | {blocks} | {c.splash.cycles:,} "
-            f"| {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.issued_ratio:.2f} "
-            f"| {c.splash.cycles_per_pair:.5f} "
+            f"| {c.dense.cycles:,} | {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.issued_ratio:.2f} "
+            f"| {c.dense_ratio:.2f} | {c.splash.cycles_per_pair:.5f} "
             f"| {c.gqe.cycles_per_pair:.5f} | {c.splash.mac_share:.0%} | {c.gqe.mac_share:.0%} |"
         )
     return "\n".join(lines)
@@ -102,8 +101,10 @@ def _plain(result: Cost | Comparison) -> dict:
         "training": result.training,
         "ratio": result.ratio,
         "issued_ratio": result.issued_ratio,
+        "dense_ratio": result.dense_ratio,
         "splash": _plain(result.splash),
         "gqe": _plain(result.gqe),
+        "dense": _plain(result.dense),
         "sweep": result.sweep,
     }
 

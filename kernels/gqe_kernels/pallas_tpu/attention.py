@@ -132,6 +132,28 @@ def routed_attention(
     return slots.reshape(batch, q_len, layout.slots, width)[..., :head_dim]
 
 
+def _every_expert(query):
+    """The routing of dense attention: each token takes all experts, in order."""
+    batch, q_len, group, expert, _ = query.shape
+    return jax.lax.broadcasted_iota(jnp.int32, (batch, q_len, group, expert), 3)
+
+
+def dense_unsupported(query, key) -> str | None:
+    """As `unsupported`, of `dense_attention`."""
+    return unsupported(query, key, jax.ShapeDtypeStruct(query.shape[:-1], jnp.int32))
+
+
+def dense_attention(
+    query: Float[Array, "batch q_len group expert head_dim"],
+    key: Float[Array, "batch kv_len group head_dim"],
+    value: Float[Array, "batch kv_len group head_dim"],
+    **masking,
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """As `reference.dense_attention`: the routed kernel with every expert chosen."""
+    no_other_slots = (None,) * 4
+    return routed_attention(query, key, value, _every_expert(query), *no_other_slots, **masking)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, operands: _Operands, index, masking: Masking):
     return _attention_forward(static, operands, index, masking)[0]

@@ -63,10 +63,15 @@ def _kernel(
     scale: float,
 ):
     b, i, step = (pl.program_id(axis) for axis in range(3))
-    j = table.last[b, i] - step  # the diagonal comes first: see `diagonal`
+    if tiles.diagonal_first:
+        i, step = tiles.paired(i, step)
+        j = i + tiles.static_offset // tiles.kv - step
+        last_step = j == 0
+    else:
+        j = table.last[b, i] - step
+        last_step = step == tiles.num_kv - 1
     row, ones_in_row = layout.row, layout.groups_per_unit == 2
 
-    @pl.when(step == 0)
     def start():
         if not tiles.diagonal_first:
             acc_scr[...] = jnp.zeros_like(acc_scr)
@@ -180,24 +185,27 @@ def _kernel(
 
     def diagonal():
         """The first tile of its queries: nothing to rescale, and no keys above the diagonal."""
+        start()
         row_index, column = (
             jax.lax.broadcasted_iota(jnp.int32, bias_scr.shape, axis) for axis in (0, 1)
         )
         bias_scr[...] = jnp.where(column <= row_index, 0.0, MASKED)
         all_heads("diagonal")
 
-    run = runs(tiles, table, b, i, j, i, j)
     if tiles.diagonal_first:
         pl.when(step == 0)(diagonal)
-        pl.when(run & (step > 0))(interior)
-    elif tiles.ever_masked:
-        all_visible = is_interior(tiles, table, b, i, j)
-        pl.when(run & all_visible)(interior)
-        pl.when(run & ~all_visible)(masked)
+        pl.when((step > 0) & (j >= 0))(interior)
     else:
-        pl.when(run)(interior)
+        pl.when(step == 0)(start)
+        run = runs(tiles, table, b, i, j, i, j)
+        if tiles.ever_masked:
+            all_visible = is_interior(tiles, table, b, i, j)
+            pl.when(run & all_visible)(interior)
+            pl.when(run & ~all_visible)(masked)
+        else:
+            pl.when(run)(interior)
 
-    @pl.when(step == tiles.num_kv - 1)
+    @pl.when(last_step)
     def finish():
         def finish_rows(rows, first):
             # Each head's total and maximum, in its own lane: one logarithm serves all heads.
@@ -272,12 +280,23 @@ def forward(
         segments=masking.q_segment is not None,
         static_offset=static_offset,
     )
-    table = visits(masking, causal, q_len, kv_len, tiles.q, tiles.kv, outer="q")
+    if tiles.diagonal_first:  # the grid itself says what is visited
+        table = Visits(masking.offset, None, None, None, None)
+    else:
+        table = visits(masking, causal, q_len, kv_len, tiles.q, tiles.kv, outer="q")
+
+    def q_block(i, step):
+        return tiles.paired(i, step)[0] if tiles.diagonal_first else i
 
     def q_rows(lanes):
-        return pl.BlockSpec((None, tiles.q, lanes), lambda b, i, j, table: (b, i, 0))
+        return pl.BlockSpec(
+            (None, tiles.q, lanes), lambda b, i, step, table: (b, q_block(i, step), 0)
+        )
 
     def kv_block(b, i, step, table):
+        if tiles.diagonal_first:
+            i, step = tiles.paired(i, step)
+            return jnp.maximum(i + tiles.static_offset // tiles.kv - step, 0)
         # Once its own blocks are done, a row of blocks names the next row's first, so that it is
         # fetched behind the last product; blocks that are not visited are not fetched.
         block = table.last[b, i] - step
@@ -309,7 +328,7 @@ def forward(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, tiles.num_q, tiles.num_kv),
+            grid=(batch, *(tiles.pairs if tiles.diagonal_first else (tiles.num_q, tiles.num_kv))),
             in_specs=[
                 q_rows(query.shape[-1]),
                 kv_rows(key.shape[-1]),
@@ -325,7 +344,8 @@ def forward(
             out_specs=[
                 q_rows(layout.slots * layout.head_dim),
                 pl.BlockSpec(
-                    (None, layout.padded_heads, tiles.q), lambda b, i, j, table: (b, 0, i)
+                    (None, layout.padded_heads, tiles.q),
+                    lambda b, i, step, table: (b, 0, q_block(i, step)),
                 ),
             ],
             scratch_shapes=[

@@ -48,6 +48,26 @@ class Tiles:
             and offset + self.q_len <= self.kv_len
         )
 
+    def paired(self, pair, step):
+        """Of a prefill's grid [pair, step]: the block of queries, and how many blocks of keys stand
+        between its diagonal and the one at hand.
+
+        Blocks i and num_q - 1 - i see num_q + 1 blocks of keys together, whatever i is: as a row of
+        the grid they leave no step empty, and cores share the work evenly. A block in the middle is
+        alone, and steps beyond its keys are empty.
+        """
+        first = pair + 1 + self.static_offset // self.kv
+        second = (step >= first) & (2 * pair + 1 < self.num_q)
+        i = jnp.where(second, self.num_q - 1 - pair, pair)
+        return i, jnp.where(second, step - first, step)
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """The size of the grid of `paired`."""
+        seen = self.num_q + 1 if self.num_q > 1 else 1
+        before = self.static_offset // self.kv * min(self.num_q, 2)
+        return -(-self.num_q // 2), seen + before
+
     @property
     def num_q(self) -> int:
         return -(-self.q_len // self.q)
