@@ -275,7 +275,7 @@ class TextStream:
 def stream_text(
     generator: Generator,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_tokens: int,
     sampling: Sampling = Sampling(),
@@ -283,15 +283,17 @@ def stream_text(
     rows: Sequence[int] | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Continues texts, as one batch; yields (row, the next piece of its text).
+    """Continues texts, or their tokens, as one batch; yields (row, the next piece of its text).
 
-    An empty prompt is the beginning of a document. The arguments are those of `Generator.stream`;
+    An empty text is the beginning of a document. The arguments are those of `Generator.stream`;
     `stop` are sequences that end a row's text and are no part of it.
     """
-    ids = [
-        tokens if len(tokens) else [tokenizer.end_of_document]
-        for tokens in tokenizer.encode_batch(prompts)
-    ]
+
+    def encode(prompt):
+        tokens = tokenizer.encode_batch([prompt])[0] if isinstance(prompt, str) else prompt
+        return tokens if len(tokens) else [tokenizer.end_of_document]
+
+    ids = [encode(prompt) for prompt in prompts]
     texts = [TextStream(tokenizer.decode, stop) for _ in prompts]
     tokens = generator.stream(
         ids,

@@ -95,7 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="gqe_250m", choices=sorted(CONFIGS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="rows")
-    parser.add_argument("--context", type=int, nargs="+", default=[1024], help="tokens in the cache")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[1024], help="tokens in the cache"
+    )
     parser.add_argument("--steps", type=int, default=8, help="tokens of a row in one measurement")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each variant")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU")

@@ -1,0 +1,211 @@
+"""A model as EleutherAI's lm-evaluation-harness asks it questions; needs the extra `eval`.
+
+Requests are sorted by length into batches of few shapes: the length of a batch is a power of two.
+Every process is given the same requests and computes its rows of each batch, so the harness takes
+this for one process.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from gqe_jax.generation import Generator, Sampling, stream_text
+from gqe_jax.restore import RestoredRun
+from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows
+from gqe_jax.transformer import Transformer
+
+_SHORTEST = 32
+_CHUNK = 256  # positions whose logits exist at a time
+
+
+def continuation_scores(
+    model: Transformer,
+    tokens: Int[Array, "batch length"],
+    targets: Int[Array, "batch length"],
+    counts: Bool[Array, "batch length"],
+) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
+    """Summed log-likelihood of the targets that count, and whether each is the most probable."""
+    hidden, _, _ = model(tokens)
+    chunk = min(_CHUNK, tokens.shape[1])
+
+    def chunks(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+
+    def score(inputs):
+        hidden, targets, counts = inputs
+        logits = model.logits(hidden)
+        at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        log_likelihood = at_target - jax.nn.logsumexp(logits, axis=-1)
+        is_greedy = jnp.argmax(logits, axis=-1) == targets
+        return (
+            jnp.sum(jnp.where(counts, log_likelihood, 0.0), axis=1),
+            jnp.all(is_greedy | ~counts, axis=1),
+        )
+
+    sums, greedy = jax.lax.map(score, (chunks(hidden), chunks(targets), chunks(counts)))
+    return jnp.sum(sums, axis=0), jnp.all(greedy, axis=0)
+
+
+class HarnessModel(TemplateLM):
+    """What the harness calls.
+
+    Args:
+      run: the model, its mesh and tokenizer.
+      batch_size: rows at once, over all devices; rounded up to what the mesh shares out.
+      max_length: tokens of context and continuation together; a context is cut from the left, a
+        continuation never. What is generated may go beyond.
+    """
+
+    def __init__(self, run: RestoredRun, *, batch_size: int, max_length: int):
+        super().__init__()
+        self._run = run
+        self._mesh = run.mesh
+        self._text_tokenizer = run.tokenizer
+        shards = int(np.prod([run.mesh.shape[name] for name in RULES["batch"]]))
+        self._batch_size = -(-batch_size // shards) * shards
+        self.max_length = max_length
+        graphdef, self._params = nnx.split(run.model)
+        whole = NamedSharding(run.mesh, PartitionSpec())
+
+        @functools.partial(jax.jit, out_shardings=whole)
+        def score(params, tokens, targets, counts):
+            return continuation_scores(nnx.merge(graphdef, params), tokens, targets, counts)
+
+        self._score = score
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document, and stands before one."""
+        return self._text_tokenizer.end_of_document
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self._run.model, self._mesh)
+
+    def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
+        """Token ids, never with special tokens."""
+        return self._text_tokenizer.encode_batch([string])[0].tolist()
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+    ) -> list[tuple[float, bool]]:
+        sequences = []
+        for _, context, continuation in requests:
+            kept = max(self.max_length + 1, len(continuation) + 1)
+            sequences.append(((context + continuation)[-kept:], len(continuation)))
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        with _progress(len(requests), "loglikelihood") as bar, jax.set_mesh(self._mesh):
+            for length, members in _batches(
+                [len(sequence) - 1 for sequence, _ in sequences], self._batch_size
+            ):
+                arrays = _pad([sequences[i] for i in members], self._batch_size, length)
+                sums, greedy = jax.device_get(self._score(self._params, *self._share(arrays)))
+                for row, i in enumerate(members):
+                    answers[i] = float(sums[row]), bool(greedy[row])
+                bar.update(len(members))
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, in windows of `max_length` that predict each token once."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += value
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop sequence; greedy unless the task samples."""
+        contexts = [
+            (self.tok_encode(request.args[0]) or [self.eot_token_id])[-self.max_length :]
+            for request in requests
+        ]
+        options = [normalize_gen_kwargs(request.args[1]) for request in requests]
+        texts = [""] * len(requests)
+        by_options = sorted(range(len(requests)), key=lambda i: repr(options[i]))
+        with _progress(len(requests), "generate_until") as bar:
+            for _, group in itertools.groupby(by_options, key=lambda i: repr(options[i])):
+                group = list(group)
+                lengths = [len(contexts[i]) for i in group]
+                for _, members in _batches(lengths, self._batch_size):
+                    rows = [group[i] for i in members]
+                    self._generate(rows, contexts, options[rows[0]], texts)
+                    bar.update(len(rows))
+        return texts
+
+    def _generate(self, rows, contexts, options, texts) -> None:
+        padded = rows + rows[-1:] * (self._batch_size - len(rows))  # no shape of its own
+        pieces = stream_text(
+            self._generator,
+            self._text_tokenizer,
+            [contexts[i] for i in padded],
+            max_tokens=options["max_gen_toks"],
+            sampling=_sampling(options),
+            rows=padded,
+            stop=options["until"],
+        )
+        for row, piece in pieces:
+            if row < len(rows):
+                texts[rows[row]] += piece
+
+    def _share(self, arrays):
+        sharding = batch_sharding(self._mesh)
+        rows = local_rows(sharding, self._batch_size)
+        mine = [array[rows.start : rows.stop] for array in arrays]
+        return global_batch(sharding, self._batch_size, mine)
+
+
+def _sampling(options: dict) -> Sampling:
+    if not options["do_sample"]:
+        return Sampling()
+    top_k = options.get("top_k") or None
+    return Sampling(options["temperature"], top_k, options.get("top_p") or 1.0)
+
+
+def _batches(lengths: Sequence[int], batch_size: int):
+    """(padded length, indices) of batches, the longest first."""
+    padded = [max(_SHORTEST, 1 << (length - 1).bit_length()) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for length, group in itertools.groupby(order, key=lambda i: padded[i]):
+        for members in itertools.batched(group, batch_size):
+            yield length, list(members)
+
+
+def _pad(sequences: Sequence[tuple[list[int], int]], batch_size: int, length: int):
+    """Inputs, targets and which targets count, [batch_size, length], padded to the right."""
+    tokens, targets = (np.zeros((batch_size, length), np.int32) for _ in range(2))
+    counts = np.zeros((batch_size, length), bool)
+    for row, (sequence, scored) in enumerate(sequences):
+        end = len(sequence) - 1
+        tokens[row, :end], targets[row, :end] = sequence[:-1], sequence[1:]
+        counts[row, end - scored : end] = True
+    return tokens, targets, counts
+
+
+def _progress(total: int, what: str) -> tqdm.tqdm:
+    hidden = jax.process_index() != 0 or not sys.stderr.isatty()
+    return tqdm.tqdm(total=total, desc=what, unit="request", leave=False, disable=hidden)

@@ -1,0 +1,262 @@
+"""Scores runs on tasks of EleutherAI's lm-evaluation-harness, as `eval.py --tasks` does."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+import pathlib
+import statistics
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.data import DataError
+from gqe_jax.restore import restore_run
+
+# Of a task's metrics, the one that stands for it. `acc_norm` divides the log-likelihood of an
+# answer by its length in characters; HellaSwag, PIQA and ARC-Easy all have it.
+PRIMARY = ("acc_norm", "acc", "exact_match")
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Score one run, or two side by side, on the harness's tasks."""
+
+    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    """Directory of the run, or of two."""
+    tasks: str
+    """Names of tasks, groups or tags of the harness, separated by commas."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; None: as the task says."""
+    limit: float | None = None
+    """The first examples of each task: a number, or a share below 1; None: all."""
+    include_path: str | None = None
+    """A directory with task files (YAML) of your own."""
+    output: pathlib.Path | None = None
+    """The JSON that is written; None: evaluation.json in the (first) run's directory."""
+    batch_size: int = 32
+    """Rows at once, over all devices."""
+    max_length: int | None = None
+    """Tokens of context and answer, beyond which a context is cut from the left; None: the
+    sequence length of the run's training."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    tokenizer: str | None = None
+    """`byte` or a tokenizer.json; None: the run's."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.run_dirs) not in (1, 2):
+            raise ConfigError(f"run_dirs is {self.run_dirs}; name one run, or two to compare")
+        for field in ("batch_size", "max_length", "limit"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{field} is {value}; it must be positive")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"num_fewshot is {self.num_fewshot}; it must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one task between two runs, over the same examples."""
+
+    task: str
+    metric: str
+    first: float
+    second: float
+    stderr: float
+    """Of `second - first`: the standard deviation of the examples' differences over √n."""
+    p_value: float
+    """Two-sided, of a paired t-test; for the mean over tasks, of a normal distribution."""
+
+
+def evaluate_tasks(config: TasksConfig) -> str:
+    """Scores the runs, writes the JSON and returns the tables.
+
+    Raises:
+      ConfigError: the extra is not installed, or a task is unknown.
+      DataError: a task's data cannot be had.
+      CheckpointError: a run has no such checkpoint.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "tasks: the lm-evaluation-harness is not installed; pip install -e '.[eval]'"
+        )
+    for name in ("lm_eval", "datasets", "huggingface_hub", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    manager, tasks = load_tasks(config.tasks.split(","), config.include_path)
+    results = [_evaluate_run(config, run_dir, manager, tasks) for run_dir in config.run_dirs]
+    if len(results) == 2:
+        differences = compare(*results)
+        report = {
+            "runs": dict(zip(config.run_dirs, map(_without_samples, results), strict=True)),
+            "differences": [dataclasses.asdict(difference) for difference in differences],
+        }
+    else:
+        report = _without_samples(results[0])
+    output = config.output or pathlib.Path(config.run_dirs[0]) / "evaluation.json"
+    if jax.process_index() == 0:
+        output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    pages = [
+        f"{run_dir}\n{_table(result)}"
+        for run_dir, result in zip(config.run_dirs, results, strict=True)
+    ]
+    if len(results) == 2:
+        pages.append(_table_of_differences(*config.run_dirs, differences))
+    return "\n".join([*pages, f"written to {output}"])
+
+
+def load_tasks(names: list[str], include_path: str | None = None) -> tuple[Any, list[Any]]:
+    """The harness's task manager, and its tasks and groups of these names, their data read.
+
+    Raises:
+      ConfigError: a name is unknown.
+      DataError: the data of a task cannot be had; says what to put where.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not pathlib.Path(include_path).is_dir():
+        raise ConfigError(f"include_path is {include_path!r}; it must be a directory of YAML files")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)  # reads thousands of files
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ConfigError(
+                f"tasks has {name!r}, which is no task, group or tag of the harness; `lm-eval ls "
+                "tasks` lists them, and --include-path adds your own"
+            )
+    loaded, missing = [], []
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # of every library below the harness
+            missing.append((name, error))
+            continue
+        group = found["groups"].get(name)
+        loaded.extend(found["tasks"].values() if group is None else [group])
+    if missing:
+        raise DataError(_where_data_goes(missing, manager)) from missing[0][1]
+    return manager, loaded
+
+
+def _where_data_goes(missing: list[tuple[str, Exception]], manager: Any) -> str:
+    lines, commands = [], []
+    for name, error in missing:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        lines.append(f"task {name}: its data cannot be loaded: {reason}")
+        fields = manager.task_index[name].cfg or {}
+        arguments = [fields.get("dataset_path"), fields.get("dataset_name")]
+        commands.append(f"load_dataset({', '.join(repr(x) for x in arguments if x)})")
+    return (
+        "\n".join(lines) + "\nOn a machine with a network, run\n"
+        f'    python -c "from datasets import load_dataset; {"; ".join(commands)}"\n'
+        "and copy its ~/.cache/huggingface (or $HF_HOME) to the same place here, then set "
+        "HF_DATASETS_OFFLINE=1. Or write a task file with dataset_path: json and dataset_kwargs: "
+        "{data_files: {test: FILE}}, and give its directory as --include-path"
+    )
+
+
+def _evaluate_run(
+    config: TasksConfig, run_dir: str, manager: Any, tasks: list[Any]
+) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    from gqe_jax.evaluation.harness import HarnessModel
+
+    run = restore_run(run_dir, step=config.step, mesh=config.mesh, tokenizer=config.tokenizer)
+    max_length = config.max_length or run.config.sequence_length
+    model = HarnessModel(run, batch_size=config.batch_size, max_length=max_length)
+    results = simple_evaluate(
+        model,
+        tasks=list(tasks),
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        task_manager=manager,
+    )
+    results["config"] |= {"run_dir": run_dir, "step": run.step, "max_length": max_length}
+    results["mean"] = mean_score(results)
+    return results
+
+
+def primary_metric(scores: dict[str, Any]) -> str | None:
+    """The key of a task's primary metric: of `PRIMARY`, the first it has."""
+    for metric in PRIMARY:
+        for key in scores:
+            if key.split(",")[0] == metric:
+                return key
+    return None
+
+
+def mean_score(results: dict[str, Any]) -> float | None:
+    """Mean over tasks of the primary metric; None if no task has one."""
+    tasks = (results["results"][name] for name in results["samples"])
+    values = [scores[key] for scores in tasks if (key := primary_metric(scores))]
+    return statistics.mean(values) if values else None
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
+    """Paired differences of each task's primary metric, and of their mean over the tasks."""
+    from scipy import stats  # comes with the harness
+
+    differences = []
+    for task, samples in first["samples"].items():
+        key = primary_metric(first["results"][task])
+        if key is None:
+            continue
+        metric, filter_name = key.split(",")
+        a, b = (
+            [float(s[metric]) for s in chosen if s["filter"] == filter_name]
+            for chosen in (samples, second["samples"][task])
+        )
+        deltas = [y - x for x, y in zip(a, b, strict=True)]
+        spread = statistics.stdev(deltas) if len(deltas) > 1 else math.nan
+        if spread == 0:
+            p_value = 1.0 if deltas[0] == 0 else 0.0
+        else:
+            p_value = float(stats.ttest_rel(b, a).pvalue) if len(deltas) > 1 else math.nan
+        stderr = spread / math.sqrt(len(deltas))
+        differences.append(
+            Difference(task, metric, statistics.mean(a), statistics.mean(b), stderr, p_value)
+        )
+    if len(differences) > 1:
+        before = statistics.mean(d.first for d in differences)
+        after = statistics.mean(d.second for d in differences)
+        stderr = math.sqrt(sum(d.stderr**2 for d in differences)) / len(differences)
+        z = (after - before) / stderr if stderr else math.inf
+        p_value = math.erfc(abs(z) / math.sqrt(2)) if after != before else 1.0
+        differences.append(Difference("mean", "", before, after, stderr, p_value))
+    return differences
+
+
+def _without_samples(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if name != "samples"}
+
+
+def _table(results: dict[str, Any]) -> str:
+    from lm_eval.utils import make_table
+
+    table = make_table(results)
+    if results["mean"] is None:
+        return table
+    names = {task: primary_metric(results["results"][task]) for task in results["samples"]}
+    parts = ", ".join(f"{task} ({key.split(',')[0]})" for task, key in names.items() if key)
+    return f"{table}\nmean of {parts}: {100 * results['mean']:.2f} %"
+
+
+def _table_of_differences(first: str, second: str, differences: list[Difference]) -> str:
+    lines = [
+        f"difference: {second} minus {first}, in points; stderr of the paired differences",
+        "| task | metric | first | second | difference | stderr | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for d in differences:
+        lines.append(
+            f"| {d.task} | {d.metric} | {100 * d.first:.2f} | {100 * d.second:.2f} | "
+            f"{100 * (d.second - d.first):+.2f} | {100 * d.stderr:.2f} | {d.p_value:.3g} |"
+        )
+    return "\n".join(lines)
