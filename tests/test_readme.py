@@ -12,12 +12,14 @@ README = (REPOSITORY / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["nnx", "linen"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_run(example):
     exec(compile(example, "README.md", "exec"), {"__name__": "example"})
 
 
-@pytest.mark.parametrize("module", ["gqe_jax.attention", "gqe_jax.linen", "gqe_kernels.api"])
+@pytest.mark.parametrize(
+    "module", ["gqe_jax.attention", "gqe_jax.generation", "gqe_jax.linen", "gqe_kernels.api"]
+)
 def test_docstrings_run(module):
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert attempted > 0

@@ -85,8 +85,6 @@ def evaluate_tasks(config: TasksConfig) -> str:
         raise ConfigError(
             "tasks: the lm-evaluation-harness is not installed; pip install -e '.[eval]'"
         )
-    for name in ("lm_eval", "datasets", "huggingface_hub", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     manager, tasks = load_tasks(config.tasks.split(","), config.include_path)
     results = [_evaluate_run(config, run_dir, manager, tasks) for run_dir in config.run_dirs]
     if len(results) == 2:
@@ -116,8 +114,11 @@ def load_tasks(names: list[str], include_path: str | None = None) -> tuple[Any, 
       ConfigError: a name is unknown.
       DataError: the data of a task cannot be had; says what to put where.
     """
+    import huggingface_hub  # sets its logger's level when it is imported
     from lm_eval.tasks import TaskManager
 
+    for library in (huggingface_hub.__name__, "lm_eval", "datasets", "httpx"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if include_path is not None and not pathlib.Path(include_path).is_dir():
         raise ConfigError(f"include_path is {include_path!r}; it must be a directory of YAML files")
     manager = TaskManager(include_path=include_path, include_defaults=False)

@@ -71,7 +71,7 @@ def small_config(corpus: pathlib.Path, run_dir: pathlib.Path, **changes) -> RunC
 
 def save_untrained(config: RunConfig) -> pathlib.Path:
     """The run's directory, with a checkpoint of its initial parameters."""
-    steps = make_steps(config, make_mesh(config.mesh))
+    steps = make_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     with Checkpoints(config.run_dir) as checkpoints:
         checkpoints.save(steps.init(), config, "none", None)
     return pathlib.Path(config.run_dir)

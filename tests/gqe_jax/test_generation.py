@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import generate as generate_script
+from generate import GenerateConfig
 from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
 from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer
@@ -64,9 +67,12 @@ def generate(generator, prompts=PROMPTS, **options):
     return rows
 
 
-@pytest.mark.parametrize("chunk_size", [256, 7])
-def test_greedy_tokens_are_those_of_whole_forward_passes(model, expected, chunk_size):
-    assert generate(Generator(model, chunk_size=chunk_size)) == expected
+def test_greedy_tokens_are_those_of_whole_forward_passes(generator, expected):
+    assert generate(generator) == expected
+
+
+def test_greedy_tokens_do_not_depend_on_the_chunks(model, expected):
+    assert generate(Generator(model, chunk_size=7)) == expected
 
 
 def test_greedy_tokens_do_not_depend_on_the_batch(generator, expected):
@@ -224,18 +230,21 @@ def run_dir(tmp_path_factory):
 
 
 def test_the_command_line_prints_the_prompt_and_what_follows(run_dir, capsys):
-    from generate import GenerateConfig
-    from generate import generate as generate_text
-
     options = {"sampling": Sampling(temperature=0.3), "seed": 1, "tokenizer": "byte"}
-    generate_text(GenerateConfig(run_dir, prompt=("def f",), max_tokens=8, **options))
-    alone = capsys.readouterr().out
-    assert alone.startswith("def f")
-    assert len(alone) > len("def f\n")
-    generate_text(GenerateConfig(run_dir, prompt=("def f", "import "), max_tokens=1, **options))
-    first, second = capsys.readouterr().out.split("\n\n", 1)
-    assert first.startswith("def f")
-    assert second.startswith("import ")
+    generate_script.generate(GenerateConfig(run_dir, prompt=("def f",), max_tokens=8, **options))
+    shown = capsys.readouterr().out
+    assert shown.startswith("def f")
+    assert len(shown) > len("def f\n")
+
+
+def test_the_command_line_prints_several_texts_when_all_are_done(monkeypatch, capsys):
+    run = types.SimpleNamespace(model=None, mesh=None, tokenizer=None)
+    pieces = [(0, " b"), (1, " y"), (0, " c")]
+    monkeypatch.setattr(generate_script, "restore_run", lambda *_, **__: run)
+    monkeypatch.setattr(generate_script, "Generator", lambda *_, **__: None)
+    monkeypatch.setattr(generate_script, "stream_text", lambda *_, **__: pieces)
+    generate_script.generate(GenerateConfig("run", prompt=("a", "x")))
+    assert capsys.readouterr().out == "a b c\n\nx y\n"
 
 
 def test_a_run_whose_corpus_is_gone_asks_for_its_tokenizer(run_dir):

@@ -1,6 +1,7 @@
 """The lm-evaluation-harness's answers against direct computations and scores by hand."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -60,11 +61,12 @@ def log_probabilities():
     return of
 
 
-def harness_model(mesh, batch_size, max_length):
+@functools.cache
+def harness_model(mesh, batch_size):
     from gqe_jax.evaluation.harness import HarnessModel
 
     config = dataclasses.replace(REPEATS, embedding_init_std=0.1)
-    return HarnessModel(restored(config, mesh), batch_size=batch_size, max_length=max_length)
+    return HarnessModel(restored(config, mesh), batch_size=batch_size, max_length=60)
 
 
 def requests(kind, arguments):
@@ -80,7 +82,7 @@ def requests(kind, arguments):
 )
 def test_log_likelihoods_equal_a_direct_computation(log_probabilities, mesh, batch_size):
     """In two buckets of length, with an empty context, and rolled over a longer text."""
-    model = harness_model(mesh, batch_size, 60)
+    model = harness_model(mesh, batch_size)
     pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True)) * 2
     answers = model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(pairs, answers, strict=True):
@@ -100,8 +102,9 @@ def test_log_likelihoods_equal_a_direct_computation(log_probabilities, mesh, bat
     assert rolled == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_context_is_cut_from_the_left_and_a_continuation_never(log_probabilities):
-    model = harness_model(MeshConfig(data=8), 8, 10)
+def test_a_context_is_cut_from_the_left_and_a_continuation_never(log_probabilities, monkeypatch):
+    model = harness_model(MeshConfig(data=8), 8)
+    monkeypatch.setattr(model, "max_length", 10)
     long = "a continuation of 31 characters"
     pairs = [("0123456789abcdef", "xyz"), ("0123", long)]
     cut, whole = model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
