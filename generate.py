@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from typing import Literal
 
+import jax
 import tyro
 
 from gqe_jax.commands import parse, run_command
@@ -58,11 +59,16 @@ def generate(config: GenerateConfig) -> None:
     )
     texts = list(config.prompt)
     streamed = len(texts) == 1
-    print(texts[0] if streamed else "", end="", flush=True)
+
+    def show(text, end=""):
+        if jax.process_index() == 0:
+            print(text, end=end, flush=True)
+
+    show(texts[0] if streamed else "")
     for row, piece in pieces:
         texts[row] += piece
-        print(piece if streamed else "", end="", flush=True)
-    print("" if streamed else "\n\n".join(texts))
+        show(piece if streamed else "")
+    show("" if streamed else "\n\n".join(texts), end="\n")
 
 
 def main() -> None:

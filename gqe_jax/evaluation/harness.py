@@ -107,6 +107,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         sequences = []
         for _, context, continuation in requests:
+            context = context or [self.prefix_token_id]  # spaces alone moved to the continuation
             kept = max(self.max_length + 1, len(continuation) + 1)
             sequences.append(((context + continuation)[-kept:], len(continuation)))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
