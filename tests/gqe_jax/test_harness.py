@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from eval import score_tasks
 from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
 from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer
@@ -160,7 +161,7 @@ def run_dir(tmp_path_factory):
     return str(save_untrained(dataclasses.replace(config, model=REPEATS)))
 
 
-def test_our_own_tasks_give_the_scores_counted_by_hand(tasks, run_dir, capsys):
+def test_our_own_tasks_give_the_scores_counted_by_hand(tasks, run_dir):
     config = TasksConfig((run_dir,), "repeats,writes", include_path=tasks, batch_size=4)
     shown = evaluate_tasks(config)
     report = json.loads(pathlib.Path(run_dir, "evaluation.json").read_text())
@@ -174,12 +175,13 @@ def test_our_own_tasks_give_the_scores_counted_by_hand(tasks, run_dir, capsys):
     assert report["config"]["max_length"] == 32
 
 
-def test_limit_shots_and_two_runs(tasks, run_dir, tmp_path):
+def test_limit_shots_and_two_runs(tasks, run_dir, tmp_path, capsys):
+    """By the command line."""
     output = tmp_path / "both.json"
-    config = TasksConfig(
-        (run_dir, run_dir), "repeats", 1, limit=2, include_path=tasks, output=output
-    )
-    shown = evaluate_tasks(config)
+    flags = {"tasks": "repeats", "num-fewshot": 1, "limit": 2, "include-path": tasks}
+    flags["output"] = output
+    score_tasks([run_dir, run_dir, *(f"--{name}={value}" for name, value in flags.items())])
+    shown = capsys.readouterr().out
     report = json.loads(output.read_text())
     result = report["runs"][run_dir]
     assert result["n-shot"]["repeats"] == 1

@@ -48,7 +48,7 @@ def test_the_default_on_cpu_is_xla():
         ({"q_offset": jnp.zeros(3, "int32")}, r"q_offset has shape \(3,\)"),
         (
             {"implementation": "cuda"},
-            "'cuda'; it must be one of None, 'reference', 'xla', 'pallas_tpu'",
+            "'cuda'; it must be one of None, 'reference', 'xla', 'decode', 'pallas_tpu'",
         ),
     ],
 )

@@ -15,7 +15,6 @@ class TestDecode(RoutedAttentionContract):
         Case(q_len=1, kv_len=24, q_offset=11),
         Case(q_len=3, kv_len=8, q_offset=(2, -2), expert=4, k=2, segments="padded"),
         Case(q_len=2, causal=False, shared="given", scale=0.5),
-        Case(q_len=2, shared=None, weighted=False),
     )
     bfloat16_cases = (Case(q_len=1, kv_len=24, q_offset=11),)
 
