@@ -1,6 +1,7 @@
 """Block sizes of the TPU kernels: defaults by chip, head_dim and length."""
 
 import dataclasses
+import itertools
 
 import jax
 
@@ -46,11 +47,15 @@ class BlockSizes:
                 f"{self.q}"
             )
 
-    def backward_launches(self, layout: Layout, num_q: int) -> list[tuple[int, int]]:
-        """First block of queries and number of blocks of each launch of the backward kernel."""
+    def backward_launches(self, layout: Layout, num_q: int) -> tuple[int, int]:
+        """Launches of the backward kernel, and blocks of queries in each; the last may have fewer.
+
+        Args:
+          num_q: blocks of queries in all.
+        """
         block_bytes = layout.heads * layout.row * self.backward_q * 4
-        count = max(1, self.d_query_bytes // block_bytes)
-        return [(first, min(count, num_q - first)) for first in range(0, num_q, count)]
+        launches = -(-num_q // max(1, self.d_query_bytes // block_bytes))
+        return launches, -(-num_q // launches)
 
 
 # By the static schedules that kernels/benchmarks/tpu_schedule.py reads. Where the chip is not known
@@ -82,9 +87,10 @@ def lowered_chip() -> str | None:
     return names.get(kind)
 
 
-def vmem_estimate(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int) -> int:
     """Bytes that the hungriest of the kernels holds: its blocks twice, for the pipeline, and its
     scratch."""
+    launches, num_q = blocks.backward_launches(layout, -(-q_len // blocks.backward_q))
     heads, row = layout.heads, layout.row
     kv_row = layout.group * layout.head_dim + layout.shared * row
     q_row = layout.group * layout.expert * layout.head_dim
@@ -96,9 +102,10 @@ def vmem_estimate(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
     backward_q, backward_kv = blocks.backward_q, blocks.backward_kv
     prepare = 2 * itemsize * backward_q * (q_row + 2 * slots + 2 * heads * row)
     backward = 2 * itemsize * backward_q * (2 * heads * row + q_row)
-    backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4)
+    sums = 0 if launches == 1 else 2 * 4
+    backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4 + sums)
     backward += backward_kv * kv_row * (2 * 4 + itemsize) + 4 * backward_q * backward_kv * 4
-    backward += max(blocks.d_query_bytes, heads * row * backward_q * 4)
+    backward += num_q * heads * row * backward_q * 4
     return max(forward, prepare + 2 * backward_q * narrow, backward + 2 * backward_q * narrow)
 
 
@@ -112,7 +119,7 @@ def default_block_sizes(
     """
     blocks = DEFAULTS[chip or lowered_chip()]
     fit = lambda rows, length: min(rows, -(-length // LANES) * LANES)  # noqa: E731
-    for most in (512, 256, 128):
+    for most, quarters in itertools.product((512, 256, 128), (4, 3, 2, 1)):
         q, kv = fit(min(blocks.q, most), q_len), fit(min(blocks.kv, most), kv_len)
         sized = dataclasses.replace(
             blocks,
@@ -121,7 +128,8 @@ def default_block_sizes(
             strip=blocks.strip if q % blocks.strip == 0 else LANES,
             backward_q=fit(min(blocks.backward_q, most), q_len),
             backward_kv=fit(min(blocks.backward_kv, most), kv_len),
+            d_query_bytes=blocks.d_query_bytes * quarters // 4,
         )
-        if vmem_estimate(layout, sized, itemsize) <= blocks.vmem_bytes:
+        if vmem_estimate(layout, sized, q_len, itemsize) <= blocks.vmem_bytes:
             return sized
     return None
