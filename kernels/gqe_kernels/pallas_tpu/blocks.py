@@ -1,7 +1,11 @@
 """Block sizes of the TPU kernels: defaults by chip, head_dim and length."""
 
 import dataclasses
+import functools
 import itertools
+import json
+import math
+from pathlib import Path
 
 import jax
 
@@ -58,17 +62,35 @@ class BlockSizes:
         return launches, -(-num_q // launches)
 
 
-# By the static schedules that kernels/benchmarks/tpu_schedule.py reads. Where the chip is not known
-# while tracing, what every chip can run.
-DEFAULTS = {
-    "v5e": BlockSizes(d_query_bytes=48 * MIB, vmem_bytes=110 * MIB),
-    "v5p": BlockSizes(),
-    "v6e": BlockSizes(
-        row_sum_on_mxu=True, bfloat16_exp=True, d_query_bytes=48 * MIB, vmem_bytes=110 * MIB
-    ),
-    "7x": BlockSizes(row_sum_on_mxu=True, bfloat16_exp=True),
-    None: BlockSizes(),
+# What a chip has, whatever the shapes. Where the chip is not known while tracing, what all have.
+_LARGE = {"d_query_bytes": 48 * MIB, "vmem_bytes": 110 * MIB}
+_CHIPS = {
+    "v5e": _LARGE,
+    "v5p": {},
+    "v6e": {"bfloat16_exp": True, **_LARGE},
+    "7x": {"bfloat16_exp": True},
 }
+# Of fewest cycles by the static schedule; written by `tpu_schedule --tune` of kernels/benchmarks.
+TABLE = Path(__file__).with_name("block_sizes.json")
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict]]]:
+    """chip → head_dim → length → fields of `BlockSizes`."""
+    return json.loads(TABLE.read_text())["blocks"]
+
+
+def tuned(chip: str | None, head_dim: int, length: int) -> BlockSizes:
+    """The table's entry for the head size and the length nearest to these.
+
+    Args:
+      chip: "v5e", "v5p", "v6e", "7x", or None: not known.
+    """
+    if chip is None:
+        return BlockSizes()
+    entry = _table()[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
+    nearest = min(entry, key=lambda known: abs(math.log(int(known) / length)))
+    return BlockSizes(**_CHIPS[chip], **entry[nearest])
 
 
 def lowered_chip() -> str | None:
@@ -117,7 +139,7 @@ def default_block_sizes(
     Args:
       chip: "v5e", "v5p", "v6e" or "7x"; None: `lowered_chip()`.
     """
-    blocks = DEFAULTS[chip or lowered_chip()]
+    blocks = tuned(chip or lowered_chip(), layout.head_dim, kv_len)
     fit = lambda rows, length: min(rows, -(-length // LANES) * LANES)  # noqa: E731
     for most, quarters in itertools.product((512, 256, 128), (4, 3, 2, 1)):
         q, kv = fit(min(blocks.q, most), q_len), fit(min(blocks.kv, most), kv_len)
