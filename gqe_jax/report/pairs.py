@@ -1,0 +1,42 @@
+"""A figure of how often two experts are chosen together."""
+
+import numpy as np
+from jaxtyping import Float
+
+from gqe_jax.report.curves import panels, png
+
+
+def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possible: bool) -> bytes:
+    """A heat map a layer: the share of the tokens that took both of two experts.
+
+    Args:
+      shares: from `measures.pair_shares`.
+      experts: in a group.
+      same_group_possible: k > 1; otherwise a group's experts never meet and stay blank.
+    """
+    layers, count, _ = shares.shape
+    group = np.arange(count) // experts
+    blank = np.eye(count, dtype=bool)
+    if not same_group_possible:
+        blank |= group[:, None] == group
+    shown = np.ma.array(shares, mask=np.broadcast_to(blank, shares.shape))
+    columns = min(layers, 4)
+    rows = -(-layers // columns)
+    figure, grid = panels(rows, columns, 2.3 * columns + 1, 2.4 * rows + 0.5)
+    names = [f"{n // experts}·{n % experts}" for n in range(count)]
+    ticks = np.arange(0, count, max(1, count // 16))
+    image = None
+    for layer, axes in enumerate(grid.flat):
+        axes.set_visible(layer < layers)
+        if layer >= layers:
+            continue
+        image = axes.imshow(shown[layer], cmap="cividis", vmin=0, vmax=max(shown.max(), 1e-6))
+        axes.set_title(f"layer {layer}")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(ticks, [names[n] for n in ticks], fontsize=6, rotation=90)
+        axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=6)
+        axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, label="share of tokens that took both")
+    bar.outline.set_visible(False)
+    return png(figure)
