@@ -18,7 +18,7 @@ from gqe_jax.telemetry import read_metrics
 DIRECTORY = "report"
 # Okabe and Ito's colours, which colour-blind people can tell apart; page.css has the same.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#f0e442")
-STYLE = {
+_STYLE = {
     "axes.grid": True,
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.right": False,
@@ -28,8 +28,11 @@ STYLE = {
     "font.size": 9,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.2,
 }
+styled = matplotlib.rc_context(_STYLE)
+"""Decorates a function that draws."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +90,8 @@ def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
 
 def panels(rows: int, columns: int, width: float, height: float, **kwargs: Any):
     """A figure, in inches, and its axes [rows, columns]."""
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def png(figure: matplotlib.figure.Figure) -> bytes:
@@ -99,6 +101,7 @@ def png(figure: matplotlib.figure.Figure) -> bytes:
     return buffer.getvalue()
 
 
+@styled
 def loss(runs: Sequence[Curves]) -> bytes:
     """Training and held-out loss of the runs, overlaid."""
     figure, ((axes,),) = panels(1, 1, 8, 4)
@@ -126,6 +129,7 @@ def loss(runs: Sequence[Curves]) -> bytes:
     return png(figure)
 
 
+@styled
 def optimizer(run: Curves) -> bytes:
     """Learning rate, and gradient norms before and after clipping."""
     figure, ((rate,), (norm,)) = panels(2, 1, 8, 5, sharex=True)
@@ -139,6 +143,7 @@ def optimizer(run: Curves) -> bytes:
     return png(figure)
 
 
+@styled
 def expert_load(run: Curves) -> bytes:
     """A panel a layer and group: the share of tokens that took each expert, over the steps."""
     steps, load = run.training["step"], run.expert_load
@@ -158,10 +163,11 @@ def expert_load(run: Curves) -> bytes:
     figure.supylabel("share of tokens", fontsize=9)
     if experts <= len(COLOURS):
         names = [f"expert {expert}" for expert in range(experts)]
-        figure.legend(names, loc="outside upper right", ncols=experts, frameon=False)
+        figure.legend(names, loc="outside upper right", ncols=experts)
     return png(figure)
 
 
+@styled
 def router_entropy(run: Curves) -> bytes:
     """A panel a layer, a line a group: mean entropy of the router over that of a fair choice."""
     steps, entropy = run.training["step"], run.training["router_entropy"]
@@ -179,7 +185,7 @@ def router_entropy(run: Curves) -> bytes:
     figure.supylabel("entropy / log M", fontsize=9)
     if groups <= len(COLOURS):
         names = [f"group {group}" for group in range(groups)]
-        figure.legend(names, loc="outside upper right", ncols=groups, frameon=False)
+        figure.legend(names, loc="outside upper right", ncols=groups)
     return png(figure)
 
 

@@ -25,6 +25,7 @@ function element(tag, className, text) {
 function start() {
   const select = (name) => document.getElementById(name);
   const value = (name) => Number(select(name).value);
+  const address = new URLSearchParams(location.hash.slice(1)); // #run=0&layer=2&group=1&rank=0
   const box = document.getElementById("text");
   for (const text of texts) {
     text.index = new Uint16Array(bytes(text.index).buffer);
@@ -38,11 +39,11 @@ function start() {
   }
 
   function fill(name, count) {
-    const kept = Math.min(value(name), count - 1);
+    const wanted = select(name).value || address.get(name) || 0;
     select(name).replaceChildren(
       ...Array.from({ length: count }, (_, i) => new Option(String(i), String(i))),
     );
-    select(name).value = String(Math.max(kept, 0));
+    select(name).value = wanted < count ? String(wanted) : "0";
     select(`${name}-label`).hidden = count === 1 && name === "rank";
   }
 
@@ -67,6 +68,8 @@ function start() {
     const text = texts[value("run")];
     const [layer, group, rank] = ["layer", "group", "rank"].map(value);
     const experts = text.shape[4];
+    const place = ["run", "layer", "group", "rank"].map((name) => `${name}=${value(name)}`);
+    history.replaceState(null, "", `#${place.join("&")}`);
     Array.from(box.children).forEach((span, token) => {
       const expert = text.index[at(text, layer, token, group, rank)];
       span.dataset.expert = expert;
@@ -120,6 +123,7 @@ function start() {
     select(name).addEventListener("change", showRouting);
   }
   box.addEventListener("mouseover", showToken);
+  if (address.get("run") in texts) select("run").value = address.get("run");
   showRun();
 }
 

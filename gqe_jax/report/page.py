@@ -28,16 +28,17 @@ class Run:
 def build(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     """The page, and the PNG files that it shows, by name."""
     images = {"loss.png": curves.loss([run.curves for run in runs])}
-    sections = [_section("Loss", _figure("loss.png", images, "Training and held-out loss by step"))]
-    texts = []
+    figures, texts = [], []
     for number, run in enumerate(runs):
         suffix = f"-{number + 1}" if len(runs) > 1 else ""
-        sections.append(_run_section(run, suffix, images))
+        figures.append(_run_section(run, suffix, images))
         if run.routed is not None:
             texts.append(_text_data(run.curves.label, run.routed))
+    overlay = _figure("loss.png", images, "Training and held-out loss by step")
+    sections = [_header(runs), _section("Loss", overlay)]
     if texts:
         sections.append(_text_section(texts))
-    body = "\n".join([_header(runs), *sections])
+    body = "\n".join([*sections, *figures])
     read = lambda name: importlib.resources.files(__package__).joinpath(name).read_text()  # noqa: E731
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -57,9 +58,10 @@ def _header(runs: Sequence[Run]) -> str:
         verdicts.append(_verdict(run))
         training, evaluations = run.curves.training, run.curves.evaluations
         load = run.curves.expert_load
+        variant = run.routed.config.variant if run.routed else "gqa" if load is None else "–"
         cells = [
             f"<th scope=row>{name}</th>",
-            _cell("–" if run.routed is None else run.routed.config.variant),
+            _cell(variant),
             _cell(f"{training['step'][-1]:,}"),
             _cell(f"{training['loss'][-1]:.4f}"),
             _cell(f"{evaluations['eval_loss'][-1]:.4f}" if evaluations else "–"),
@@ -70,7 +72,7 @@ def _header(runs: Sequence[Run]) -> str:
     heads = ("run", "variant", "steps", "loss", "held-out loss", "bits per byte", "least load*")
     head = "".join(f"<th scope=col>{name}</th>" for name in heads)
     return (
-        "<header>\n<h1>How the runs route</h1>\n"
+        "<header>\n<h1>Routing report</h1>\n"
         f"{''.join(verdicts)}\n"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n"
@@ -130,7 +132,7 @@ def _run_section(run: Run, suffix: str, images: dict[str, bytes]) -> str:
             f"expert_pairs{suffix}.png",
             pairs.pairs(shares, experts, same_group_possible=top_k > 1),
             "Experts chosen together",
-            f"In {len(run.routed.tokens):,} tokens of the text below. Experts are named "
+            f"In {len(run.routed.tokens):,} tokens of the text above. Experts are named "
             "group·expert.",
             _pair_table(measures.strongest_pairs(shares, experts)),
         )

@@ -3,9 +3,10 @@
 import numpy as np
 from jaxtyping import Float
 
-from gqe_jax.report.curves import panels, png
+from gqe_jax.report.curves import panels, png, styled
 
 
+@styled
 def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possible: bool) -> bytes:
     """A heat map a layer: the share of the tokens that took both of two experts.
 
@@ -20,9 +21,9 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
     if not same_group_possible:
         blank |= group[:, None] == group
     shown = np.ma.array(shares, mask=np.broadcast_to(blank, shares.shape))
-    columns = min(layers, 4)
+    columns = min(layers, 4 if count <= 8 else 2)
     rows = -(-layers // columns)
-    figure, grid = panels(rows, columns, 2.3 * columns + 1, 2.4 * rows + 0.5)
+    figure, grid = panels(rows, columns, 8.5, (8 / columns + 0.4) * rows)
     names = [f"{n // experts}·{n % experts}" for n in range(count)]
     ticks = np.arange(0, count, max(1, count // 16))
     image = None
@@ -34,8 +35,8 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
         axes.set_title(f"layer {layer}")
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        axes.set_xticks(ticks, [names[n] for n in ticks], fontsize=6, rotation=90)
-        axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=6)
+        axes.set_xticks(ticks, [names[n] for n in ticks], fontsize=7, rotation=90)
+        axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=7)
         axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=grid, shrink=0.8, label="share of tokens that took both")
     bar.outline.set_visible(False)
