@@ -56,7 +56,7 @@ def write_report(config: ReportConfig) -> pathlib.Path:
     text = config.text
     if config.text_file is not None:
         try:
-            text = config.text_file.read_text()
+            text = config.text_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"text_file {config.text_file} cannot be read as UTF-8 text ({error})"

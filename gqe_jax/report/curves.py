@@ -163,7 +163,7 @@ def expert_load(run: Curves) -> bytes:
     figure.supylabel("share of tokens", fontsize=9)
     if experts <= len(COLOURS):
         names = [f"expert {expert}" for expert in range(experts)]
-        figure.legend(names, loc="outside upper right", ncols=experts)
+        figure.legend(names, loc="outside upper right", ncols=min(experts, 4))
     return png(figure)
 
 
@@ -185,7 +185,7 @@ def router_entropy(run: Curves) -> bytes:
     figure.supylabel("entropy / log M", fontsize=9)
     if groups <= len(COLOURS):
         names = [f"group {group}" for group in range(groups)]
-        figure.legend(names, loc="outside upper right", ncols=groups)
+        figure.legend(names, loc="outside upper right", ncols=min(groups, 4))
     return png(figure)
 
 

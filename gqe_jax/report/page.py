@@ -99,8 +99,8 @@ def _verdict(run: Run) -> str:
     named = ", ".join(f"layer {e.layer} group {e.group} expert {e.expert}" for e in idle[:12])
     more = f" and {len(idle) - 12} more" if len(idle) > 12 else ""
     return (
-        f'<p class="verdict collapsed"><b>{name}</b>: {collapsed} of {layers * groups} groups '
-        f"have collapsed. Idle: {named}{more}.</p>"
+        f'<p class="verdict collapsed"><b>{name}</b>: collapse in {collapsed} of '
+        f"{layers * groups} groups; idle: {named}{more}.</p>"
     )
 
 
@@ -133,7 +133,7 @@ def _run_section(run: Run, suffix: str, images: dict[str, bytes]) -> str:
             pairs.pairs(shares, experts, same_group_possible=top_k > 1),
             "Experts chosen together",
             f"In {len(run.routed.tokens):,} tokens of the text above. Experts are named "
-            "group·expert.",
+            "group·expert" + ("." if top_k > 1 else "; those of one group never meet."),
             _pair_table(measures.strongest_pairs(shares, experts)),
         )
     add(

@@ -21,11 +21,12 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
     if not same_group_possible:
         blank |= group[:, None] == group
     shown = np.ma.array(shares, mask=np.broadcast_to(blank, shares.shape))
-    columns = min(layers, 4 if count <= 8 else 2)
+    columns = min(layers, 4)
     rows = -(-layers // columns)
-    figure, grid = panels(rows, columns, 8.5, (8 / columns + 0.4) * rows)
+    width = min(8.5, 3 * columns + 1)
+    figure, grid = panels(rows, columns, width, (width / columns + 0.3) * rows + 0.6)
     names = [f"{n // experts}·{n % experts}" for n in range(count)]
-    ticks = np.arange(0, count, max(1, count // 16))
+    ticks = np.arange(0, count, 1 if count <= 16 else experts)
     image = None
     for layer, axes in enumerate(grid.flat):
         axes.set_visible(layer < layers)
@@ -35,9 +36,12 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
         axes.set_title(f"layer {layer}")
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        axes.set_xticks(ticks, [names[n] for n in ticks], fontsize=7, rotation=90)
-        axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=7)
+        axes.set_xticks(
+            ticks, [names[n] for n in ticks], fontsize=6 if count > 8 else 7, rotation=90
+        )
+        axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=6 if count > 8 else 7)
         axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=grid, shrink=0.8, label="share of tokens that took both")
+    label = "share of tokens that took both"
+    bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, label=label)
     bar.outline.set_visible(False)
     return png(figure)

@@ -235,7 +235,7 @@ def test_collapse_stands_at_the_top():
     )
     header = content[content.index("<header>") : content.index("</header>")]
     assert "<b>&lt;good&gt;</b>: no collapse; every expert of the 6 groups is in use" in header
-    assert "<b>bad</b>: 1 of 6 groups have collapsed. Idle: layer 1 group 2 expert 1." in header
+    assert "<b>bad</b>: collapse in 1 of 6 groups; idle: layer 1 group 2 expert 1." in header
     assert "No routed text: no checkpoint &amp; more." in content
     Reader(content)
 
