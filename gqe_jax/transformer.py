@@ -37,9 +37,14 @@ class DecoderBlock(nnx.Module):
         positions: Int[Array, "batch length"] | None,
         segment_ids: Int[Array, "batch length"] | None,
         cache: KVCache | None,
+        return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         attended, aux, cache = self.attention(
-            self.attention_norm(x), positions=positions, segment_ids=segment_ids, cache=cache
+            self.attention_norm(x),
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            return_routing=return_routing,
         )
         x = constrain(x + attended, "batch", "sequence", None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
@@ -82,12 +87,13 @@ class Transformer(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
+        return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """The final hidden states, before `logits`: a loss can take the vocabulary in chunks.
 
         Args:
           tokens: token ids.
-          positions, segment_ids: as in `GroupedQueryExperts`.
+          positions, segment_ids, return_routing: as in `GroupedQueryExperts`.
           cache: of all layers, from `create_cache`.
 
         Returns:
@@ -113,7 +119,11 @@ class Transformer(nnx.Module):
         def block(x, layer):
             params, cache = layer
             x, aux, cache = nnx.merge(graphdef, params)(
-                x, positions=positions, segment_ids=segment_ids, cache=cache
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
             )
             return x, (aux, cache)
 

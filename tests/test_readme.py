@@ -1,4 +1,4 @@
-"""The README's and the docstrings' examples run as printed."""
+"""The examples of the README, the documents and the docstrings run as printed."""
 
 import doctest
 import importlib
@@ -9,12 +9,22 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = [
+    pytest.param(path.name, example, id=f"{path.stem}-{number}")
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    for number, example in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    )
+]
+OTHER_PROJECTS = ("tunix",)  # large: an extra, not installed for the tests
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_examples_run(example):
-    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+@pytest.mark.parametrize(("document", "example"), EXAMPLES)
+def test_examples_run(document, example):
+    for module in OTHER_PROJECTS:
+        if re.search(rf"^from {module}\b", example, re.MULTILINE):
+            pytest.importorskip(module, reason=f"needs the extra: pip install -e '.[{module}]'")
+    exec(compile(example, document, "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize(

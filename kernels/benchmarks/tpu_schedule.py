@@ -2,6 +2,7 @@
 
     python -m kernels.benchmarks.tpu_schedule --table             # the tables of kernels/README.md
     python -m kernels.benchmarks.tpu_schedule --table --training  # are filled by these two
+    python -m kernels.benchmarks.tpu_schedule --tune              # the kernel's own block sizes
     python -m kernels.benchmarks.tpu_schedule --compare splash --chip v6e --head-dim 128
     python -m kernels.benchmarks.tpu_schedule --chip v5e --set q=512,1024 kv=512
     python -m kernels.benchmarks.tpu_schedule --case my.module:factory --chip v6e --set width=256
@@ -24,6 +25,7 @@ from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import DENSE, GQE, SPLASH, Comparison, compare
 from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure
+from kernels.benchmarks.schedule.tune import tune
 
 CASES = {"gqe": GQE, "dense": DENSE, "splash": SPLASH}
 TABLE = {"chip": ["v5e", "v6e", "tpu7x"], "head_dim": [64, 128], "length": [4096, 32768]}
@@ -35,6 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     results = []
     try:
+        if options.tune:
+            tune(
+                TABLE["head_dim"],
+                TABLE["length"],
+                jobs=options.jobs,
+                progress=lambda line: print(line, flush=True),
+            )
+            return
         for result in _compare(options) if options.compare else _show(options):
             results.append(result)
             if options.json:  # after every result: a sweep takes minutes
@@ -104,6 +114,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--table", action="store_true", help="compare on every chip, head size and length")
+    add("--tune", action="store_true", help="find the kernel's block sizes and write their table")
     add("--compare", choices=["splash"], help="print splash attention's schedule, and the ratio")
     add("--case", default="gqe", help="gqe, dense, splash or module:function (default: gqe)")
     add("--chip", nargs="+", choices=list(CHIPS), default=["v6e"])

@@ -185,15 +185,18 @@ def test_executions_of_splash_attention():
 
 
 def test_launches_of_the_backward_pass_share_the_tiles():
-    case = cases.gqe(
-        4096, 128, "v6e", training=True, backward_q=256, backward_kv=512, d_query_bytes=2**23
-    )
-    launches = [runs for name, runs in case.executions.items() if name[-1].isdigit()]
-    assert len(launches) > 1
-    tiles = cases.causal_tiles(4096, 256, 512)
-    for label, count in zip(("interior", "masked"), tiles, strict=True):
-        assert sum(runs[label] for runs in launches) == count
-    assert sum(runs["finish_queries"] for runs in launches) == 4096 // 256
+    sizes = {"backward_q": 256, "backward_kv": 512, "d_query_bytes": 2**23}
+    runs = cases.gqe(4096, 128, "v6e", training=True, **sizes).executions["gqe_backward"]
+    # A block's dQ is 9 x 128 x 256 floats, 7 blocks are 8 MiB: 3 launches of 6 share the 16.
+    assert (runs["calls"], runs["grid"]) == (3, 3 * 8 * 6)
+    assert (runs["interior"], runs["masked"]) == cases.causal_tiles(4096, 256, 512)
+    assert (runs["start_keys"], runs["finish_queries"]) == (3 * 8, 3 * 6)
+
+
+def test_launches_of_a_kernel_are_counted():
+    case = cases.Case(None, (), {"tiny": {"grid": 24, "calls": 3, "even": 4}}, pairs=10, macs=100)
+    result = cost([labelled()], "m:tiny", "v6e", {}, case)
+    assert result.cycles == 3 * ONCE + 24 * STEP + 4 * EVEN
 
 
 def test_reports_of_a_comparison(tmp_path):

@@ -109,7 +109,12 @@ def test_the_report_draws_what_there_is(tmp_path):
             log.training(step, metrics(step), 64)
         log.evaluation(5, {"eval_loss": 2.0, "eval_bits_per_byte": 3.0})
     paths = report.draw(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "optimizer.png", "expert_load.png"]
+    assert [path.name for path in paths] == [
+        "loss.png",
+        "optimizer.png",
+        "expert_load.png",
+        "router_entropy.png",
+    ]
     for path in paths:
         image = matplotlib.image.imread(path)
         assert image.shape[0] > 100

@@ -25,7 +25,8 @@ class Case:
     Attributes:
       arguments: `jax.ShapeDtypeStruct`s of what `function` takes.
       executions: for each Pallas kernel, by the `name` of its `pallas_call`, how often each
-        labelled region runs in the whole call; "grid" is the number of grid steps. None at all: the
+        labelled region runs in the whole call; "grid" is the number of grid steps, "calls" that of
+        launches where a loop around the kernel launches it more than once. None at all: the
         schedule is shown without a sum.
       pairs: query token × head × key token that attention must look at.
       macs: multiply-adds that it cannot do without.
@@ -206,24 +207,24 @@ def _gqe_backward(length: int, layout: Layout, sizes) -> dict[str, dict[str, int
     q, kv = sizes.backward_q, sizes.backward_kv
     _check_blocks(length, backward_q=q, backward_kv=kv)
     num_q, num_kv = length // q, length // kv
-    executions = {"gqe_backward_prepare": {"grid": num_q}}
-    for i, (first, count) in enumerate(sizes.backward_launches(layout, num_q)):
-        interior, masked = causal_tiles((first + count) * q, q, kv, start=first * q)
-        executions[f"gqe_backward_{i}"] = {
-            "grid": num_kv * count,
-            "start_keys": num_kv,
-            "start_queries": count,
-            "interior": interior,
-            "masked": masked,
-            "finish_keys": num_kv,
-            "finish_queries": count,
-        }
-    return executions
+    launches, blocks = sizes.backward_launches(layout, num_q)
+    interior, masked = causal_tiles(length, q, kv)
+    backward = {
+        "calls": launches,
+        "grid": launches * num_kv * blocks,
+        "start_keys": launches * num_kv,
+        "start_queries": launches * blocks,
+        "interior": interior,
+        "masked": masked,
+        "finish_keys": launches * num_kv,
+        "finish_queries": launches * blocks,
+    }
+    return {"gqe_backward_prepare": {"grid": num_q}, "gqe_backward": backward}
 
 
-def causal_tiles(stop: int, block_q: int, block_kv: int, start: int = 0) -> tuple[int, int]:
-    """Of the queries from start to stop: tiles below the diagonal, and tiles that it crosses."""
-    starts = range(start, stop, block_q)
+def causal_tiles(length: int, block_q: int, block_kv: int) -> tuple[int, int]:
+    """Tiles below the diagonal, and tiles that it crosses."""
+    starts = range(0, length, block_q)
     interior = sum((first + 1) // block_kv for first in starts)
     seen = sum(-(-(first + block_q) // block_kv) for first in starts)
     return interior, seen - interior

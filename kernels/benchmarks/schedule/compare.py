@@ -31,8 +31,17 @@ FORWARD = tuple(
 )
 BACKWARD = tuple(
     {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": compute}
-    for q, kv, compute in itertools.product((512, 1024), (512, 1024), (256, 512, 1024))
-    if compute <= kv
+    for q, kv, compute in (
+        (512, 1024, 1024),
+        (1024, 512, 512),
+        (1024, 1024, 512),
+        (1024, 1024, 1024),
+        (1024, 2048, 1024),
+    )
+)
+# dK and dV in one kernel, dQ in another: QK and dP are computed twice, and no size makes up for it.
+APART = tuple(
+    x | {"block_q_dq": x["block_q_dkv"], "block_kv_dq": x["block_kv_dkv"]} for x in BACKWARD[3:4]
 )
 
 
@@ -143,10 +152,7 @@ def _backward(sweep: _Sweep) -> list[_Tried]:
     """
     of_keys, of_queries = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
     tried = _try(sweep, "backward in one kernel", BACKWARD, [of_keys])[0]
-    apart = [
-        x | {"block_q_dq": x["block_q_dkv"], "block_kv_dq": x["block_kv_dkv"]} for x in BACKWARD
-    ]
-    keys, queries = _try(sweep, "backward in two kernels", apart, [of_keys, of_queries])
+    keys, queries = _try(sweep, "backward in two kernels", APART, [of_keys, of_queries])
     for length in sweep.lengths:
         k, q = (_best([x for x in of if length in x.cycles], length) for of in (keys, queries))
         blocks = k.blocks | {name: q.blocks[name] for name in ("block_q_dq", "block_kv_dq")}

@@ -131,7 +131,8 @@ def cost(
         described.add(kernel)
         runs, split = case.executions.get(kernel), 1
         if runs and same_grid:
-            split = _split(program, tree, runs["grid"], chip(chip_name).cores)
+            steps = runs["grid"] // runs.get("calls", 1)
+            split = _split(program, tree, steps, chip(chip_name).cores)
         cores = max(cores, split)
         regions += _count(kernel, program, tree, runs, split, same_grid)
     missing = set(case.executions) - described
@@ -152,7 +153,7 @@ def _kernel_name(instruction: str) -> str:
 
 def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
     labels = [region.label for region in tree.walk() if region.label is not None]
-    for label in set(runs or ()) - {"grid"}:
+    for label in set(runs or ()) - {"grid", "calls"}:
         # A body that every grid step runs is under no branch: the compiler joins it to the step.
         joined = labels.count(label) == 0 and runs[label] == runs["grid"]
         if labels.count(label) != 1 and not joined:
@@ -189,7 +190,7 @@ def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
         for child in region.children:
             visit(child, times, depth + 1)
 
-    visit(tree, 1, 0)
+    visit(tree, (runs or {}).get("calls", 1), 0)
     return costs
 
 
@@ -206,7 +207,7 @@ def _times(program, region, parent, runs, split, same_grid, depth) -> int | None
     if region.kind == "guard":
         return -(-runs[region.label] // split) if runs and region.label in runs else parent
     if depth == 1 and runs and not same_grid:
-        return runs["grid"] + PIPELINE_STEPS
+        return runs["grid"] + parent * PIPELINE_STEPS
     if region.label is not None and runs and region.label in runs:
         times = -(-runs[region.label] // split)
         if region.trips is not None and same_grid and times != parent * region.trips:

@@ -203,36 +203,31 @@ def _attention_backward(static, residuals, d_slots):
     beyond = tiles.num_q * tiles.q - logsumexp.shape[2]
     if beyond > 0:
         logsumexp = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, beyond)))
-    launches = blocks.backward_launches(layout, tiles.num_q)
-    sum_dtype = o.key.dtype if len(launches) == 1 else jnp.float32
-    table = visits(masking, static.causal, q_len, kv_len, tiles.q, tiles.kv, outer="kv")
-    parts = [
-        backward(
-            operands,
-            index,
-            masking,
-            table,
-            selected,
-            d_out,
-            logsumexp,
-            delta,
-            layout=layout,
-            tiles=tiles,
-            scale=static.scale,
-            vmem_bytes=blocks.vmem_bytes,
-            launch=launch,
-            first_block=first,
-            num_q=count,
-            sum_dtype=sum_dtype,
-        )
-        for launch, (first, count) in enumerate(launches)
-    ]
-    of_queries, of_keys = zip(*((part[:2], part[2:]) for part in parts), strict=True)
-    d_query, d_shared_query = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_queries)
-    of_keys = jax.tree.map(lambda *x: sum(x[1:], x[0]).astype(o.key.dtype), *of_keys)
-    d_key, d_value, d_shared_key, d_shared_value = of_keys
+    launches, num_q = blocks.backward_launches(layout, tiles.num_q)
+    d_query, d_shared_query, of_read = backward(
+        operands,
+        index,
+        masking,
+        visits(masking, static.causal, q_len, kv_len, tiles.q, tiles.kv, outer="kv"),
+        selected,
+        d_out,
+        logsumexp,
+        delta,
+        layout=layout,
+        tiles=tiles,
+        scale=static.scale,
+        vmem_bytes=blocks.vmem_bytes,
+        launches=launches,
+        num_q=num_q,
+    )
     gradients = _Operands(
-        d_query, d_key, d_value, d_weight, d_shared_query, d_shared_key, d_shared_value
+        d_query,
+        of_read.key,
+        of_read.value,
+        d_weight,
+        d_shared_query,
+        of_read.shared_key,
+        of_read.shared_value,
     )
     return gradients, None, None
 

@@ -2,16 +2,19 @@
 
 Tiles are held transposed, [kv, q], so that a query's logsumexp and delta lie in the lanes, and no
 product needs a transposed tile: dQ is summed transposed, in VMEM, for all queries of the launch,
-which is what bounds their number; longer sequences take several launches.
+which is what bounds their number. Longer sequences take several launches, each of which adds to the
+dK and dV of those before it.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
 
 from gqe_kernels.pallas_tpu.layout import (
     Layout,
@@ -25,8 +28,22 @@ from gqe_kernels.pallas_tpu.schedule import Visits
 from gqe_kernels.pallas_tpu.tile import NN, NT, Tiles, dot, is_interior, mask_bias, runs
 
 
+class KeyGradients(NamedTuple):
+    """Gradients of what the queries read: [batch, kv_len, lanes], float32 while they are summed."""
+
+    key: jax.Array
+    value: jax.Array
+    shared_key: jax.Array | None
+    shared_value: jax.Array | None
+
+
+class _Prefetched(NamedTuple):
+    table: Visits
+    first_block: Int[Array, "1"]  # of the launch's queries
+
+
 def _kernel(
-    table: Visits,
+    prefetched: _Prefetched,
     selected_ref,
     d_out_ref,
     logsumexp_ref,
@@ -38,12 +55,10 @@ def _kernel(
     q_segment_ref,
     kv_segment_ref,
     index_ref,
+    sums: KeyGradients | None,
     d_query_ref,
     d_shared_query_ref,
-    d_key_ref,
-    d_value_ref,
-    d_shared_key_ref,
-    d_shared_value_ref,
+    gradients: KeyGradients,
     d_query_scr,
     d_key_scr,
     d_value_scr,
@@ -53,11 +68,10 @@ def _kernel(
     layout: Layout,
     tiles: Tiles,
     scale: float,
-    first_block: int,
     num_q: int,
 ):
     b, j, local_i = (pl.program_id(axis) for axis in range(3))
-    i = first_block + local_i
+    table, i = prefetched.table, prefetched.first_block[0] + local_i
     row, dtype = layout.row, key_ref.dtype
 
     def rows_of_kv():
@@ -119,7 +133,7 @@ def _kernel(
     def masked():
         all_heads(mask=True)
 
-    run = runs(tiles, table, b, i, j, j, i)
+    run = runs(tiles, table, b, i, j, j, i)  # not beyond the last block of queries
     if tiles.ever_masked:
         all_visible = is_interior(tiles, table, b, i, j)
         pl.when(run & all_visible)(interior)
@@ -129,15 +143,18 @@ def _kernel(
 
     @pl.when(local_i == num_q - 1)
     def finish_keys():
-        for u in range(layout.units):
-            lanes = slice(u * row, (u + 1) * row)
+        def write(name, lanes, x):
+            ref = getattr(gradients, name)
+            if sums is not None:
+                x += getattr(sums, name)[:, lanes]
+            ref[:, lanes] = x.astype(ref.dtype)
+
+        for u in range(layout.units + layout.shared):
+            unit = u < layout.units
+            lanes = slice(u * row, (u + 1) * row) if unit else slice(None)
             # The queries carry log2(e) beside the scale; the gradient of a logit does not.
-            d_key_ref[:, lanes] = (d_key_scr[u] * math.log(2.0)).astype(d_key_ref.dtype)
-            d_value_ref[:, lanes] = d_value_scr[u].astype(d_value_ref.dtype)
-        if layout.shared:
-            d_shared = d_key_scr[layout.units] * math.log(2.0)
-            d_shared_key_ref[...] = d_shared.astype(d_shared_key_ref.dtype)
-            d_shared_value_ref[...] = d_value_scr[layout.units].astype(d_shared_value_ref.dtype)
+            write("key" if unit else "shared_key", lanes, d_key_scr[u] * math.log(2.0))
+            write("value" if unit else "shared_value", lanes, d_value_scr[u])
 
     @pl.when(j == tiles.num_kv - 1)
     def finish_queries():
@@ -176,119 +193,154 @@ def backward(
     tiles: Tiles,
     scale: float,
     vmem_bytes: int,
-    launch: int,
-    first_block: int,
+    launches: int,
     num_q: int,
-    sum_dtype,
 ):
-    """Gradients from the queries of `num_q` blocks: of those queries, and of all keys and values.
+    """Gradients of all queries, keys and values.
+
+    Args:
+      launches, num_q: calls of the kernel, and blocks of queries in each.
 
     Returns:
-      d_query, d_shared_query (of the launch's rows), d_key, d_value, d_shared_key, d_shared_value
-      (in `sum_dtype`).
+      d_query, d_shared_query or None, KeyGradients.
     """
     o = operands
     batch, kv_len, _ = o.key.shape
-    q_rows_total = min(num_q * tiles.q, tiles.q_len - first_block * tiles.q)
     last_j = tiles.num_kv - 1
 
-    def q_block(b, j, i, table):
+    def q_block(b, j, i, prefetched):
         # Blocks that are not visited name their neighbour, so that nothing is fetched for them.
+        table, first_block = prefetched.table, prefetched.first_block[0]
         first, last = table.first[b, j], jnp.maximum(table.last[b, j], table.first[b, j])
-        low, high = first_block, first_block + num_q - 1
+        low, high = first_block, jnp.minimum(first_block + num_q, tiles.num_q) - 1
         return jnp.clip(jnp.clip(first_block + i, first, last), low, high)
 
     def q_rows(x):
         return pl.BlockSpec(
-            (None, tiles.q, x.shape[-1]), lambda b, j, i, table: (b, q_block(b, j, i, table), 0)
+            (None, tiles.q, x.shape[-1]),
+            lambda b, j, i, prefetched: (b, q_block(b, j, i, prefetched), 0),
         )
 
     def q_lanes(heads):
         return pl.BlockSpec(
-            (None, heads, tiles.q), lambda b, j, i, table: (b, 0, q_block(b, j, i, table))
+            (None, heads, tiles.q),
+            lambda b, j, i, prefetched: (b, 0, q_block(b, j, i, prefetched)),
         )
 
-    def at_the_end(lanes, base):
-        """Blocks of queries that only the last pass over them reads or writes."""
-        return pl.BlockSpec(
-            (None, tiles.q, lanes),
-            lambda b, j, i, table: (b, base + jnp.where(j == last_j, i, 0), 0),
-        )
+    def in_the_last_pass(j, i):
+        return jnp.where(j == last_j, i, 0)
 
-    def kv_rows(lanes):
-        return pl.BlockSpec((None, tiles.kv, lanes), lambda b, j, i, table: (b, j, 0))
+    def read_at_the_end(x):
+        def block(b, j, i, prefetched):
+            this = prefetched.first_block[0] + in_the_last_pass(j, i)
+            return b, jnp.minimum(this, tiles.num_q - 1), 0
 
-    def maybe(x, spec):
-        return None if x is None else spec(x.shape[-1])
+        return pl.BlockSpec((None, tiles.q, x.shape[-1]), block)
+
+    def written_at_the_end(x):
+        if x is not None:
+            return pl.BlockSpec(
+                (None, tiles.q, x.shape[-1]),
+                lambda b, j, i, prefetched: (b, in_the_last_pass(j, i), 0),
+            )
+
+    def kv_rows(x):
+        if x is not None:
+            return pl.BlockSpec(
+                (None, tiles.kv, x.shape[-1]), lambda b, j, i, prefetched: (b, j, 0)
+            )
 
     def like(x, length, dtype):
-        return None if x is None else result_shape(o.query, (batch, length, x.shape[-1]), dtype)
+        if x is not None:
+            return result_shape(o.query, (batch, length, x.shape[-1]), dtype)
 
     q_segment, kv_segment = masking.q_segment, masking.kv_segment
-    q_segment_spec = kv_segment_spec = None
+    q_segment_spec = None
     if tiles.segments:
         q_segment, kv_segment = q_segment[:, None, :], kv_segment[:, :, None]
-        q_segment_spec, kv_segment_spec = q_lanes(1), kv_rows(1)
+        q_segment_spec = q_lanes(1)
+    read = KeyGradients(o.key, o.value, o.shared_key, o.shared_value)
+    specs_of_read = KeyGradients(*map(kv_rows, read))
     rows = layout.units + layout.shared
-    return pl.pallas_call(
-        functools.partial(
-            _kernel, layout=layout, tiles=tiles, scale=scale, first_block=first_block, num_q=num_q
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(batch, tiles.num_kv, num_q),
-            in_specs=[
-                q_rows(selected),
-                q_rows(d_out),
-                q_lanes(layout.padded_heads),
-                q_lanes(layout.padded_heads),
-                kv_rows(o.key.shape[-1]),
-                kv_rows(o.value.shape[-1]),
-                maybe(o.shared_key, kv_rows),
-                maybe(o.shared_value, kv_rows),
-                q_segment_spec,
-                kv_segment_spec,
-                at_the_end(layout.hard, first_block),
+    q_length = num_q * tiles.q if launches > 1 else tiles.q_len
+    whole = tiles.num_kv * tiles.kv  # rows that are updated in place fill their blocks
+
+    def launch(first_block, sums: KeyGradients | None):
+        """Gradients of the queries of `num_q` blocks, and the sums with what they add."""
+        prefetched = _Prefetched(table, first_block[None])
+        inputs = (
+            selected,
+            d_out,
+            logsumexp,
+            delta,
+            *read,
+            q_segment,
+            kv_segment,
+            index,
+        )
+        before, d_queries = len(jax.tree.leaves((prefetched, inputs))), 1 + layout.shared
+        kv_rows_out, sum_dtype = (kv_len, o.key.dtype) if sums is None else (whole, jnp.float32)
+        return pl.pallas_call(
+            functools.partial(_kernel, layout=layout, tiles=tiles, scale=scale, num_q=num_q),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(batch, tiles.num_kv, num_q),
+                in_specs=[
+                    q_rows(selected),
+                    q_rows(d_out),
+                    q_lanes(layout.padded_heads),
+                    q_lanes(layout.padded_heads),
+                    *specs_of_read,
+                    q_segment_spec,
+                    kv_rows(kv_segment),
+                    read_at_the_end(index),
+                    None if sums is None else specs_of_read,
+                ],
+                out_specs=[
+                    written_at_the_end(o.query),
+                    written_at_the_end(o.shared_query),
+                    specs_of_read,
+                ],
+                scratch_shapes=[
+                    pltpu.VMEM((num_q, layout.heads, layout.row, tiles.q), jnp.float32),
+                    pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
+                    pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
+                    pltpu.VMEM((rows, layout.row, tiles.kv), o.key.dtype),
+                    pltpu.VMEM((tiles.kv, tiles.q), jnp.float32) if tiles.ever_masked else None,
+                ],
+            ),
+            out_shape=[
+                like(o.query, q_length, o.query.dtype),
+                like(o.shared_query, q_length, o.query.dtype),
+                KeyGradients(*(like(x, kv_rows_out, sum_dtype) for x in read)),
             ],
-            out_specs=[
-                at_the_end(o.query.shape[-1], 0),
-                maybe(o.shared_query, lambda lanes: at_the_end(lanes, 0)),
-                kv_rows(o.key.shape[-1]),
-                kv_rows(o.value.shape[-1]),
-                maybe(o.shared_key, kv_rows),
-                maybe(o.shared_value, kv_rows),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((num_q, layout.heads, layout.row, tiles.q), jnp.float32),
-                pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
-                pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
-                pltpu.VMEM((rows, layout.row, tiles.kv), o.key.dtype),
-                pltpu.VMEM((tiles.kv, tiles.q), jnp.float32) if tiles.ever_masked else None,
-            ],
-        ),
-        out_shape=[
-            like(o.query, q_rows_total, o.query.dtype),
-            like(o.shared_query, q_rows_total, o.query.dtype),
-            like(o.key, kv_len, sum_dtype),
-            like(o.value, kv_len, sum_dtype),
-            like(o.shared_key, kv_len, sum_dtype),
-            like(o.shared_value, kv_len, sum_dtype),
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes
-        ),
-        name=f"gqe_backward_{launch}",
-    )(
-        table,
-        selected,
-        d_out,
-        logsumexp,
-        delta,
-        o.key,
-        o.value,
-        o.shared_key,
-        o.shared_value,
-        q_segment,
-        kv_segment,
-        index,
+            input_output_aliases={
+                before + n: d_queries + n for n in range(len(jax.tree.leaves(sums)))
+            },
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=vmem_bytes,
+            ),
+            name="gqe_backward",
+        )(prefetched, *inputs, sums)
+
+    if launches == 1:
+        return launch(jnp.zeros((), jnp.int32), None)
+
+    def step(sums, first_block):
+        *of_queries, sums = launch(first_block, sums)
+        return sums, of_queries
+
+    def zeros(x):
+        like_x = jnp.where(False, x, 0).astype(jnp.float32)  # varies over the mesh as x does
+        return jnp.pad(like_x, ((0, 0), (0, whole - kv_len), (0, 0)))
+
+    sums, of_queries = jax.lax.scan(
+        step, jax.tree.map(zeros, read), jnp.arange(launches, dtype=jnp.int32) * num_q
     )
+
+    def joined(x):
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, x.shape[-1])[:, : tiles.q_len]
+
+    d_query, d_shared_query = jax.tree.map(joined, of_queries)
+    return d_query, d_shared_query, jax.tree.map(lambda x: x[:, :kv_len].astype(o.key.dtype), sums)

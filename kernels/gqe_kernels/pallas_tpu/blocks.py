@@ -1,6 +1,11 @@
 """Block sizes of the TPU kernels: defaults by chip, head_dim and length."""
 
 import dataclasses
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
 
 import jax
 
@@ -46,24 +51,46 @@ class BlockSizes:
                 f"{self.q}"
             )
 
-    def backward_launches(self, layout: Layout, num_q: int) -> list[tuple[int, int]]:
-        """First block of queries and number of blocks of each launch of the backward kernel."""
+    def backward_launches(self, layout: Layout, num_q: int) -> tuple[int, int]:
+        """Launches of the backward kernel, and blocks of queries in each; the last may have fewer.
+
+        Args:
+          num_q: blocks of queries in all.
+        """
         block_bytes = layout.heads * layout.row * self.backward_q * 4
-        count = max(1, self.d_query_bytes // block_bytes)
-        return [(first, min(count, num_q - first)) for first in range(0, num_q, count)]
+        launches = -(-num_q // max(1, self.d_query_bytes // block_bytes))
+        return launches, -(-num_q // launches)
 
 
-# By the static schedules that kernels/benchmarks/tpu_schedule.py reads. Where the chip is not known
-# while tracing, what every chip can run.
-DEFAULTS = {
-    "v5e": BlockSizes(d_query_bytes=48 * MIB, vmem_bytes=110 * MIB),
-    "v5p": BlockSizes(),
-    "v6e": BlockSizes(
-        row_sum_on_mxu=True, bfloat16_exp=True, d_query_bytes=48 * MIB, vmem_bytes=110 * MIB
-    ),
-    "7x": BlockSizes(row_sum_on_mxu=True, bfloat16_exp=True),
-    None: BlockSizes(),
+# What a chip has, whatever the shapes. Where the chip is not known while tracing, what all have.
+_LARGE = {"d_query_bytes": 48 * MIB, "vmem_bytes": 110 * MIB}
+_CHIPS = {
+    "v5e": _LARGE,
+    "v5p": {},
+    "v6e": {"bfloat16_exp": True, **_LARGE},
+    "7x": {"bfloat16_exp": True},
 }
+# Of fewest cycles by the static schedule; written by `tpu_schedule --tune` of kernels/benchmarks.
+TABLE = Path(__file__).with_name("block_sizes.json")
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict]]]:
+    """chip → head_dim → length → fields of `BlockSizes`."""
+    return json.loads(TABLE.read_text())["blocks"]
+
+
+def tuned(chip: str | None, head_dim: int, length: int) -> BlockSizes:
+    """The table's entry for the head size and the length nearest to these.
+
+    Args:
+      chip: "v5e", "v5p", "v6e", "7x", or None: not known.
+    """
+    if chip is None:
+        return BlockSizes()
+    entry = _table()[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
+    nearest = min(entry, key=lambda known: abs(math.log(int(known) / length)))
+    return BlockSizes(**_CHIPS[chip], **entry[nearest])
 
 
 def lowered_chip() -> str | None:
@@ -82,9 +109,10 @@ def lowered_chip() -> str | None:
     return names.get(kind)
 
 
-def vmem_estimate(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int) -> int:
     """Bytes that the hungriest of the kernels holds: its blocks twice, for the pipeline, and its
     scratch."""
+    launches, num_q = blocks.backward_launches(layout, -(-q_len // blocks.backward_q))
     heads, row = layout.heads, layout.row
     kv_row = layout.group * layout.head_dim + layout.shared * row
     q_row = layout.group * layout.expert * layout.head_dim
@@ -96,9 +124,10 @@ def vmem_estimate(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
     backward_q, backward_kv = blocks.backward_q, blocks.backward_kv
     prepare = 2 * itemsize * backward_q * (q_row + 2 * slots + 2 * heads * row)
     backward = 2 * itemsize * backward_q * (2 * heads * row + q_row)
-    backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4)
+    sums = 0 if launches == 1 else 2 * 4
+    backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4 + sums)
     backward += backward_kv * kv_row * (2 * 4 + itemsize) + 4 * backward_q * backward_kv * 4
-    backward += max(blocks.d_query_bytes, heads * row * backward_q * 4)
+    backward += num_q * heads * row * backward_q * 4
     return max(forward, prepare + 2 * backward_q * narrow, backward + 2 * backward_q * narrow)
 
 
@@ -110,9 +139,9 @@ def default_block_sizes(
     Args:
       chip: "v5e", "v5p", "v6e" or "7x"; None: `lowered_chip()`.
     """
-    blocks = DEFAULTS[chip or lowered_chip()]
+    blocks = tuned(chip or lowered_chip(), layout.head_dim, kv_len)
     fit = lambda rows, length: min(rows, -(-length // LANES) * LANES)  # noqa: E731
-    for most in (512, 256, 128):
+    for most, quarters in itertools.product((512, 256, 128), (4, 3, 2, 1)):
         q, kv = fit(min(blocks.q, most), q_len), fit(min(blocks.kv, most), kv_len)
         sized = dataclasses.replace(
             blocks,
@@ -121,7 +150,8 @@ def default_block_sizes(
             strip=blocks.strip if q % blocks.strip == 0 else LANES,
             backward_q=fit(min(blocks.backward_q, most), q_len),
             backward_kv=fit(min(blocks.backward_kv, most), kv_len),
+            d_query_bytes=blocks.d_query_bytes * quarters // 4,
         )
-        if vmem_estimate(layout, sized, itemsize) <= blocks.vmem_bytes:
+        if vmem_estimate(layout, sized, q_len, itemsize) <= blocks.vmem_bytes:
             return sized
     return None

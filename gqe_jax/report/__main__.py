@@ -1,0 +1,112 @@
+"""Writes the page of some runs: `python -m gqe_jax.report RUN_DIR [RUN_DIR ...]`."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Literal
+
+import tyro
+
+from gqe_jax.checkpoint import CheckpointError
+from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.report import page
+from gqe_jax.report.curves import DIRECTORY, Curves
+from gqe_jax.report.routing import route_text
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """See how runs learn and route: one HTML page, and its pictures beside it."""
+
+    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    """Directories of the runs."""
+    text: str | None = None
+    """What is routed; None: the beginning of the held-out split of each run's corpus."""
+    text_file: pathlib.Path | None = None
+    """A file of text to route instead."""
+    max_tokens: int = 4096
+    """The most tokens of the text."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint routes it."""
+    corpus: str | None = None
+    """For the tokenizer and the held-out text; None: each run's own."""
+    output: pathlib.Path | None = None
+    """Directory of index.html; None: report/ in the first run's directory."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run_dirs:
+            raise ConfigError("run_dirs is empty; name at least one run directory")
+        if self.text is not None and self.text_file is not None:
+            raise ConfigError(f"text and text_file ({self.text_file}) are both given; give one")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be positive")
+
+
+def write_report(config: ReportConfig) -> pathlib.Path:
+    """Writes the page and its PNG files; returns the page's path.
+
+    A run that has no checkpoint yet is shown by its metrics.
+
+    Raises:
+      ConfigError: a run directory has no metrics, or the text cannot be read.
+      DataError: the text or its corpus does not fit a run's model.
+    """
+    text = config.text
+    if config.text_file is not None:
+        try:
+            text = config.text_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"text_file {config.text_file} cannot be read as UTF-8 text ({error})"
+            ) from None
+    runs = []
+    for run_dir, label in zip(config.run_dirs, _labels(config.run_dirs), strict=True):
+        try:
+            curves = Curves.read(run_dir, label)
+        except FileNotFoundError as error:
+            raise ConfigError(f"run_dirs: {error}") from None
+        routed, missing = None, ""
+        try:
+            routed = route_text(
+                run_dir,
+                text,
+                step=config.step,
+                max_tokens=config.max_tokens,
+                corpus=config.corpus,
+                mesh=config.mesh,
+            )
+        except CheckpointError as error:
+            missing = str(error)
+        runs.append(page.Run(curves, routed, missing))
+    content, images = page.build(runs)
+    output = config.output or pathlib.Path(config.run_dirs[0]) / DIRECTORY
+    output.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        (output / name).write_bytes(image)
+    path = output / "index.html"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def _labels(run_dirs: tuple[str, ...]) -> list[str]:
+    """The directories' names, or where two are the same, their paths."""
+    names = [pathlib.Path(run_dir).resolve().name for run_dir in run_dirs]
+    return names if len(set(names)) == len(names) else list(run_dirs)
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(
+        ReportConfig,
+        sys.argv[1:],
+        prog="python -m gqe_jax.report",
+        description="See how runs learn and route: writes one HTML page that needs nothing beside "
+        "it, and its pictures as PNG files.",
+    )
+    print(run_command(lambda: write_report(config)))
+
+
+if __name__ == "__main__":
+    main()

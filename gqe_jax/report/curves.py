@@ -1,0 +1,200 @@
+"""Figures of what training wrote down: losses, the optimizer, expert load and router entropy."""
+
+import dataclasses
+import io
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+from jaxtyping import Float
+
+from gqe_jax.telemetry import read_metrics
+
+DIRECTORY = "report"
+# Okabe and Ito's colours, which colour-blind people can tell apart; page.css has the same.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#f0e442")
+_STYLE = {
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.2,
+}
+styled = matplotlib.rc_context(_STYLE)
+"""Decorates a function that draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """A run's metrics, as arrays over the logged steps."""
+
+    label: str
+    training: dict[str, np.ndarray]
+    evaluations: dict[str, np.ndarray]
+    """Empty before the first evaluation."""
+
+    @classmethod
+    def read(cls, run_dir: str | os.PathLike, label: str = "") -> "Curves":
+        """From a run's directory.
+
+        Raises:
+          FileNotFoundError: it has no metrics.
+        """
+        lines = read_metrics(run_dir)
+        training = [line for line in lines if "loss" in line]
+        if not training:
+            raise FileNotFoundError(
+                f"{run_dir} has no metrics of training steps; name the run directory of train.py"
+            )
+        evaluations = [line for line in lines if "eval_loss" in line]
+        return cls(label, _columns(training), _columns(evaluations))
+
+    @property
+    def expert_load(self) -> Float[np.ndarray, "step layer group expert"] | None:
+        """Share of tokens that took each expert; None for the dense baseline."""
+        return self.training.get("expert_load")
+
+
+def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
+    """Writes the PNG files of a run's metrics to its `report/`.
+
+    Returns:
+      The files: loss, learning rate and gradient norms; for a routed variant also expert load and
+      router entropy by layer and group.
+
+    Raises:
+      FileNotFoundError: the run has no metrics.
+    """
+    curves = Curves.read(run_dir)
+    images = {"loss.png": loss([curves]), "optimizer.png": optimizer(curves)}
+    if curves.expert_load is not None:
+        images["expert_load.png"] = expert_load(curves)
+        images["router_entropy.png"] = router_entropy(curves)
+    directory = pathlib.Path(run_dir) / DIRECTORY
+    directory.mkdir(exist_ok=True)
+    for name, image in images.items():
+        (directory / name).write_bytes(image)
+    return [directory / name for name in images]
+
+
+def panels(rows: int, columns: int, width: float, height: float, **kwargs: Any):
+    """A figure, in inches, and its axes [rows, columns]."""
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def png(figure: matplotlib.figure.Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    return buffer.getvalue()
+
+
+@styled
+def loss(runs: Sequence[Curves]) -> bytes:
+    """Training and held-out loss of the runs, overlaid."""
+    figure, ((axes,),) = panels(1, 1, 8, 4)
+    for number, run in enumerate(runs):
+        colour = COLOURS[number % len(COLOURS)]
+        name = f"{run.label}, " if len(runs) > 1 else ""
+        axes.plot(
+            run.training["step"],
+            run.training["loss"],
+            color=colour,
+            alpha=0.55,
+            label=_plain(f"{name}training"),
+        )
+        if run.evaluations:
+            axes.plot(
+                run.evaluations["step"],
+                run.evaluations["eval_loss"],
+                "o-",
+                color=colour,
+                markeredgecolor="white",
+                label=_plain(f"{name}held-out"),
+            )
+    axes.set(xlabel="step", ylabel="cross-entropy, nats per token")
+    axes.legend()
+    return png(figure)
+
+
+@styled
+def optimizer(run: Curves) -> bytes:
+    """Learning rate, and gradient norms before and after clipping."""
+    figure, ((rate,), (norm,)) = panels(2, 1, 8, 5, sharex=True)
+    steps = run.training["step"]
+    rate.plot(steps, run.training["learning_rate"])
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    norm.plot(steps, run.training["grad_norm"], label="gradient norm")
+    norm.plot(steps, run.training["clipped_grad_norm"], label="after clipping")
+    norm.set(xlabel="step", ylabel="global norm", yscale="log")
+    norm.legend()
+    return png(figure)
+
+
+@styled
+def expert_load(run: Curves) -> bytes:
+    """A panel a layer and group: the share of tokens that took each expert, over the steps."""
+    steps, load = run.training["step"], run.expert_load
+    _, layers, groups, experts = load.shape
+    figure, grid = panels(
+        layers, groups, 1.6 * groups + 1, 1.2 * layers + 1, sharex=True, sharey=True
+    )
+    for layer, group in np.ndindex(layers, groups):
+        axes = grid[layer, group]
+        axes.plot(steps, load[:, layer, group])
+        axes.set_ylim(0, 1)
+        if layer == 0:
+            axes.set_title(f"group {group}")
+        if group == 0:
+            axes.set_ylabel(f"layer {layer}")
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("share of tokens", fontsize=9)
+    if experts <= len(COLOURS):
+        names = [f"expert {expert}" for expert in range(experts)]
+        figure.legend(names, loc="outside upper right", ncols=min(experts, 4))
+    return png(figure)
+
+
+@styled
+def router_entropy(run: Curves) -> bytes:
+    """A panel a layer, a line a group: mean entropy of the router over that of a fair choice."""
+    steps, entropy = run.training["step"], run.training["router_entropy"]
+    _, layers, groups = entropy.shape
+    undecided = math.log(run.expert_load.shape[-1]) or 1.0  # one expert: the entropy is 0
+    columns = min(layers, 4)
+    rows = -(-layers // columns)
+    figure, grid = panels(rows, columns, 8.5, 1.8 * rows + 0.8, sharex=True, sharey=True)
+    for layer, axes in enumerate(grid.flat):
+        axes.set_visible(layer < layers)
+        if layer < layers:
+            axes.plot(steps, entropy[:, layer] / undecided)
+            axes.set(title=f"layer {layer}", ylim=(0, 1.05))
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("entropy / log M", fontsize=9)
+    if groups <= len(COLOURS):
+        names = [f"group {group}" for group in range(groups)]
+        figure.legend(names, loc="outside upper right", ncols=min(groups, 4))
+    return png(figure)
+
+
+def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays over the lines, of what every line has."""
+    names = set.intersection(*(set(line) for line in lines)) if lines else set()
+    return {name: np.array([line[name] for line in lines]) for name in names}
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formulas, and a legend leaves out what begins "_"."""
+    return "\N{ZERO WIDTH SPACE}" * text.startswith("_") + text.replace("$", r"\$")

@@ -1,0 +1,82 @@
+"""The table of the kernel's block sizes: by chip, head size and length, those of fewest cycles."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from gqe_kernels.pallas_tpu.blocks import TABLE
+from kernels.benchmarks.schedule import cases
+from kernels.benchmarks.schedule.chips import CHIPS
+from kernels.benchmarks.schedule.compare import GQE
+from kernels.benchmarks.schedule.compiler import OutOfVmemError, schedule, versions
+from kernels.benchmarks.schedule.cost import cost
+
+FORWARD = tuple(
+    {"q": rows, "kv": rows, "strip": strip} for rows, strip in ((512, 256), (512, 128), (256, 256))
+)
+BACKWARD = tuple(
+    {"backward_q": q, "backward_kv": kv} for q, kv in ((512, 512), (256, 512), (512, 256))
+)
+# A matrix unit of 256 columns has room beside a head of 128 for a column that sums the row.
+WIDE = ("v6e", "tpu7x")
+
+
+def tune(
+    head_dims: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    jobs: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict:
+    """Tries block sizes on every chip and writes the best to `gqe_kernels/pallas_tpu`.
+
+    The rest of a prefill's shape is the main setting's: 16 experts in 8 groups, k = 1, bfloat16.
+
+    Returns:
+      chip → head_dim → length → fields of `BlockSizes`, keys as JSON has them.
+    """
+    table = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for chip, head_dim in itertools.product(CHIPS, head_dims):
+            sums = (False, True) if chip in WIDE and head_dim == 128 else (chip in WIDE,)
+            forward = [x | {"row_sum_on_mxu": on} for x in FORWARD for on in sums]
+            found = [
+                _cycles(pool, chip, head_dim, lengths, forward, "gqe_forward", training=False),
+                _cycles(pool, chip, head_dim, lengths, BACKWARD, "gqe_backward", training=True),
+            ]
+            entry = table.setdefault(chip.removeprefix("tpu"), {})[str(head_dim)] = {}
+            for length in lengths:
+                entry[str(length)] = {}
+                for tried in found:
+                    blocks, _ = min(tried, key=lambda x: x[1][length])
+                    entry[str(length)] |= blocks
+                    counts = sorted(x[1][length] for x in tried)
+                    progress(f"{chip}, D = {head_dim}, {length} tokens: {blocks}, of {counts}")
+    document = {"versions": versions(), "blocks": table}
+    partial = TABLE.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(TABLE)
+    return table
+
+
+def _cycles(pool, chip, head_dim, lengths, candidates, kernel, training) -> list[tuple[dict, dict]]:
+    """Each of the candidates that fit, with its cycles by length."""
+    shape = {"head_dim": head_dim, "training": training}
+    longest = max(lengths)
+    like = schedule(GQE, chip, {"length": longest, **shape, **candidates[0]})
+
+    def measure(blocks):
+        options = shape | blocks
+        try:
+            programs = schedule(GQE, chip, {"length": longest, **options}, like=like)
+        except OutOfVmemError:
+            return None
+        counted = {}
+        for length in lengths:
+            at = {"length": length, **options}
+            case = cases.gqe(chip=chip, **at)
+            counted[length] = cost(programs, GQE, chip, at, case, same_grid=False).kernels()[kernel]
+        return blocks, counted
+
+    return [found for found in pool.map(measure, candidates) if found is not None]
