@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.data.tokenizers import Tokenizer
-from gqe_jax.sharding import RULES, constrain, make_mesh, shardings
+from gqe_jax.sharding import RULES, constrain, make_mesh, on_mesh, shardings
 from gqe_jax.transformer import Transformer, unrolled
 
 _CAPACITY_STEP = 128  # capacities are its multiples, so that few shapes are compiled
@@ -100,8 +100,7 @@ class Generator:
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: unrolled(nnx.merge(trained, params))))
         layout = shardings(jax.eval_shape(unroll, params), self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
-        with jax.set_mesh(self.mesh):
-            self._params = jax.jit(unroll, out_shardings=layout)(params)
+        self._params = on_mesh(self.mesh, jax.jit(unroll, out_shardings=layout))(params)
 
         @functools.partial(jax.jit, static_argnums=(1, 2))
         def create(params, batch, capacity):
@@ -130,8 +129,10 @@ class Generator:
             )
             return logits(params, hidden[:, 0]), cache
 
-        self._create, self._prefill, self._logits, self._decode = create, prefill, logits, decode
-        self._sample = jax.jit(sample, static_argnames="sampling", out_shardings=whole)
+        choose = jax.jit(sample, static_argnames="sampling", out_shardings=whole)
+        self._create, self._prefill, self._logits, self._decode, self._sample = (
+            on_mesh(self.mesh, f) for f in (create, prefill, logits, decode, choose)
+        )
 
     def stream(
         self,
@@ -164,12 +165,6 @@ class Generator:
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {row} is empty; give it a token, such as end_of_document")
-        with jax.set_mesh(self.mesh):
-            yield from self._stream(
-                prompts, max_tokens, sampling, seed, rows, end_of_document, stop
-            )
-
-    def _stream(self, prompts, max_tokens, sampling, seed, rows, end_of_document, stop):
         shards = int(np.prod([self.mesh.shape[name] for name in RULES["batch"]]))
         batch = _round_up(len(prompts), shards)
         number = np.arange(batch) if rows is None else np.pad(rows, (0, batch - len(prompts)))

@@ -1,6 +1,8 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,6 +106,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty or not any(name in mesh.shape for name in RULES["batch"]):
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def on_mesh[Result](mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, called with the mesh set, so that what it traces can name mesh axes."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> range:

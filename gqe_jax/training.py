@@ -16,7 +16,7 @@ from gqe_jax import loss as losses
 from gqe_jax.attention import AttentionAux
 from gqe_jax.config import RunConfig
 from gqe_jax.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
-from gqe_jax.sharding import batch_sharding, constrain, shardings
+from gqe_jax.sharding import batch_sharding, constrain, on_mesh, shardings
 from gqe_jax.transformer import Transformer
 
 
@@ -161,29 +161,25 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
     batch_layout = batch_sharding(mesh)
     replicated = shardings(jnp.zeros(()), mesh)
 
-    def on_mesh(function):
-        @functools.wraps(function)
-        def call(*args):
-            with jax.set_mesh(mesh):
-                return function(*args)
-
-        return call
-
     return Steps(
         mesh=mesh,
         graphdef=graphdef,
         abstract_state=abstract,
         state_sharding=layout,
-        init=on_mesh(jax.jit(init, out_shardings=layout)),
+        init=on_mesh(mesh, jax.jit(init, out_shardings=layout)),
         train_step=on_mesh(
+            mesh,
             jax.jit(
                 train_step,
                 in_shardings=(layout, batch_layout),
                 out_shardings=(layout, replicated),
                 donate_argnums=0,
-            )
+            ),
         ),
         eval_step=on_mesh(
-            jax.jit(eval_step, in_shardings=(layout.params, batch_layout), out_shardings=replicated)
+            mesh,
+            jax.jit(
+                eval_step, in_shardings=(layout.params, batch_layout), out_shardings=replicated
+            ),
         ),
     )

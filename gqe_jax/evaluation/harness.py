@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.restore import RestoredRun
-from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows
+from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows, on_mesh
 from gqe_jax.transformer import Transformer
 
 _SHORTEST = 32
@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
         def score(params, tokens, targets, counts):
             return continuation_scores(nnx.merge(graphdef, params), tokens, targets, counts)
 
-        self._score = score
+        self._score = on_mesh(run.mesh, score)
 
     @property
     def eot_token_id(self) -> int:
@@ -111,7 +111,7 @@ class HarnessModel(TemplateLM):
             kept = max(self.max_length + 1, len(continuation) + 1)
             sequences.append(((context + continuation)[-kept:], len(continuation)))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        with _progress(len(requests), "loglikelihood") as bar, jax.set_mesh(self._mesh):
+        with _progress(len(requests), "loglikelihood") as bar:
             for length, members in _batches(
                 [len(sequence) - 1 for sequence, _ in sequences], self._batch_size
             ):
