@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU")
     parser.add_argument("--json", type=pathlib.Path, help="where the results go")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"rounds is {options.rounds}; a spread needs at least 2")
     device = jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     config = dataclasses.replace(CONFIGS[options.config].model, dtype=dtype)
