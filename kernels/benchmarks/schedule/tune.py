@@ -1,4 +1,4 @@
-"""The table of the kernel's block sizes: by chip, head size and length, those of fewest cycles."""
+"""The table of the forward kernel's block sizes: by chip, head size and length, the fastest."""
 
 import itertools
 import json
@@ -14,9 +14,6 @@ from kernels.benchmarks.schedule.cost import cost
 
 FORWARD = tuple(
     {"q": rows, "kv": rows, "strip": strip} for rows, strip in ((512, 256), (512, 128), (256, 256))
-)
-BACKWARD = tuple(
-    {"backward_q": q, "backward_kv": kv} for q, kv in ((512, 512), (256, 512), (512, 256))
 )
 # A matrix unit of 256 columns has room beside a head of 128 for a column that sums the row.
 WIDE = ("v6e", "tpu7x")
@@ -41,18 +38,16 @@ def tune(
         for chip, head_dim in itertools.product(CHIPS, head_dims):
             sums = (False, True) if chip in WIDE and head_dim == 128 else (chip in WIDE,)
             forward = [x | {"row_sum_on_mxu": on} for x in FORWARD for on in sums]
-            found = [
-                _cycles(pool, chip, head_dim, lengths, forward, "gqe_forward", training=False),
-                _cycles(pool, chip, head_dim, lengths, BACKWARD, "gqe_backward", training=True),
-            ]
+            tried = _cycles(pool, chip, head_dim, lengths, forward)
             entry = table.setdefault(chip.removeprefix("tpu"), {})[str(head_dim)] = {}
             for length in lengths:
-                entry[str(length)] = {}
-                for tried in found:
-                    blocks, _ = min(tried, key=lambda x: x[1][length])
-                    entry[str(length)] |= blocks
-                    counts = sorted(x[1][length] for x in tried)
-                    progress(f"{chip}, D = {head_dim}, {length} tokens: {blocks}, of {counts}")
+                blocks, cycles = min(tried, key=lambda x: x[1][length])
+                entry[str(length)] = blocks
+                others = sorted(x[1][length] for x in tried)[1:]
+                progress(
+                    f"{chip}, D = {head_dim}, {length} tokens: {blocks}, {cycles[length]:,} "
+                    f"cycles; others {', '.join(f'{x:,}' for x in others)}"
+                )
     document = {"versions": versions(), "blocks": table}
     partial = TABLE.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -60,23 +55,21 @@ def tune(
     return table
 
 
-def _cycles(pool, chip, head_dim, lengths, candidates, kernel, training) -> list[tuple[dict, dict]]:
+def _cycles(pool, chip, head_dim, lengths, candidates) -> list[tuple[dict, dict]]:
     """Each of the candidates that fit, with its cycles by length."""
-    shape = {"head_dim": head_dim, "training": training}
     longest = max(lengths)
-    like = schedule(GQE, chip, {"length": longest, **shape, **candidates[0]})
 
     def measure(blocks):
-        options = shape | blocks
+        options = {"head_dim": head_dim, **blocks}
         try:
-            programs = schedule(GQE, chip, {"length": longest, **options}, like=like)
+            programs = schedule(GQE, chip, {"length": longest, **options})
         except OutOfVmemError:
             return None
         counted = {}
         for length in lengths:
             at = {"length": length, **options}
             case = cases.gqe(chip=chip, **at)
-            counted[length] = cost(programs, GQE, chip, at, case, same_grid=False).kernels()[kernel]
+            counted[length] = cost(programs, GQE, chip, at, case, same_grid=False).cycles
         return blocks, counted
 
     return [found for found in pool.map(measure, candidates) if found is not None]
