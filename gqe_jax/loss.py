@@ -10,7 +10,7 @@ from gqe_jax.config import OptimizerConfig
 
 def chunked_cross_entropy(
     hidden: Float[Array, "batch length embed"],
-    embedding: Float[Array, "vocab embed"],
+    table: Float[Array, "vocab embed"],
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
     *,
@@ -22,9 +22,9 @@ def chunked_cross_entropy(
     again, so [batch, length, vocab] never exists.
 
     Args:
-      hidden: final hidden states; logits are their products with the embedding's rows, accumulated
-        in float32.
-      embedding: the tied embedding.
+      hidden: final hidden states; logits are their products with the table's rows, accumulated in
+        float32.
+      table: `Transformer.logit_table`.
       targets: the token that each position predicts.
       weights: 0 leaves a position out.
       chunk: positions in a chunk.
@@ -32,7 +32,7 @@ def chunked_cross_entropy(
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
     padding = -length % chunk
-    table = embedding.astype(hidden.dtype)
+    table = table.astype(hidden.dtype)
 
     def chunks(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))

@@ -15,7 +15,7 @@ import jax
 
 from gqe_jax import report
 from gqe_jax.checkpoint import Checkpoints
-from gqe_jax.config import RunConfig, to_dict
+from gqe_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
@@ -62,17 +62,33 @@ class Interrupt:
         print(f"{name}: saving after this step; once more to exit now", file=sys.stderr, flush=True)
 
 
-def write_config(config: RunConfig) -> None:
-    """Writes the run's `config.json`, whole or not at all."""
-    path = pathlib.Path(config.run_dir) / CONFIG_FILE
+def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
+    """Writes the run's `config.json`, whole or not at all, into `directory` or its `run_dir`."""
+    path = (directory or pathlib.Path(config.run_dir)) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
     partial.replace(path)
 
 
+def read_config(run_dir: pathlib.Path) -> RunConfig:
+    """The `config.json` of a run.
+
+    Raises:
+      ConfigError: it is no run's configuration.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # ConfigError is a ValueError
+        raise ConfigError(f"{path} is not the configuration of a run ({error})") from error
+
+
 def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
     """Trains a run to its last step, or until a signal; goes on where its directory left off.
+
+    A directory whose only checkpoint is step 0 begins with those weights, such as `gqe_jax.interop`
+    writes.
 
     Everything that can be wrong with the configuration is found before anything is compiled or
     written.
@@ -105,6 +121,10 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         steps = make_steps(config, mesh)
         if start is None:
             state, start = steps.init(), 0
+        elif start == 0:
+            state = steps.begin(
+                checkpoints.restore_params(0, steps.abstract_state, steps.state_sharding)
+            )
         else:
             state = checkpoints.restore(start, steps.abstract_state, steps.state_sharding)
         write_config(config)

@@ -51,6 +51,8 @@ class Steps:
     abstract_state: TrainState
     state_sharding: TrainState
     init: Callable[[], TrainState]
+    begin: Callable[[nnx.State], TrainState]
+    """The state of step 0 with these parameters, which are donated."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[nnx.State, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -66,7 +68,7 @@ def forward_loss(
     model = nnx.merge(graphdef, params)
     hidden, aux, _ = model(batch.inputs, segment_ids=batch.segment_ids)
     nats, squares = losses.chunked_cross_entropy(
-        hidden, model.embedding.embedding[...], batch.targets, batch.weights
+        hidden, model.logit_table, batch.targets, batch.weights
     )
     cross_entropy = nats / token_count
     z_loss = config.optimizer.z_loss_weight * squares / token_count
@@ -127,9 +129,11 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
 
     graphdef, _ = nnx.split(nnx.eval_shape(create), nnx.Param)
 
-    def init() -> TrainState:
-        params = nnx.state(create(), nnx.Param)
+    def begin(params: nnx.State) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def init() -> TrainState:
+        return begin(nnx.state(create(), nnx.Param))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, cross_entropy, aux = gradients(config, graphdef, state.params, batch)
@@ -152,8 +156,9 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
         """Summed nats and the number of tokens."""
         model = nnx.merge(graphdef, params)
         hidden, _, _ = model(batch.inputs, segment_ids=batch.segment_ids)
-        table = model.embedding.embedding[...]
-        nats, _ = losses.chunked_cross_entropy(hidden, table, batch.targets, batch.weights)
+        nats, _ = losses.chunked_cross_entropy(
+            hidden, model.logit_table, batch.targets, batch.weights
+        )
         return nats, jnp.sum(batch.weights)
 
     abstract = jax.eval_shape(init)
@@ -175,6 +180,9 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
         abstract_state=abstract,
         state_sharding=layout,
         init=on_mesh(jax.jit(init, out_shardings=layout)),
+        begin=on_mesh(
+            jax.jit(begin, in_shardings=(layout.params,), out_shardings=layout, donate_argnums=0)
+        ),
         train_step=on_mesh(
             jax.jit(
                 train_step,
