@@ -241,11 +241,14 @@ class OptimizerConfig:
     """Weight of the sum over layers of the router's z-loss; ours, off."""
     z_loss_weight: float = 0.0
     """Weight of the mean squared logsumexp of the vocabulary's logits; ours, off."""
+    distillation_weight: float = 0.5
+    """Where the run has a teacher: weight of the divergence from its predictions; the text's
+    cross-entropy has the rest."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
-        for field in ("warmup_fraction", "decay_fraction"):
+        for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
             value = getattr(self, field)
             _check(0 <= value <= 1, field, value, "it must be between 0 and 1")
         _check(
@@ -336,6 +339,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    teacher: str | None = None
+    """Run directory of a model whose predictions this one also learns (distillation)."""
     run_dir: str = "runs/default"
     """Where config.json, checkpoints, metrics and the report go; a run found there is resumed."""
     steps: int = 28610

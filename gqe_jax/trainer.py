@@ -12,6 +12,7 @@ import time
 from typing import Any, TextIO
 
 import jax
+from jax.sharding import Mesh
 
 from gqe_jax import report
 from gqe_jax.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
 from gqe_jax.telemetry import Telemetry, read_metrics
-from gqe_jax.training import Steps, TrainState, make_steps
+from gqe_jax.training import Steps, Teacher, TrainState, make_steps
 from gqe_jax.transformer import matmul_flops_per_token
 
 CONFIG_FILE = "config.json"
@@ -118,7 +119,7 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         start = checkpoints.latest()
         if start is not None:
             checkpoints.check_fits(start, config, corpus.fingerprint)
-        steps = make_steps(config, mesh)
+        steps = make_steps(config, mesh, teacher=_load_teacher(config, mesh))
         if start is None:
             state, start = steps.init(), 0
         elif start == 0:
@@ -143,6 +144,22 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         if int(state.step) == config.steps:
             report.draw(config.run_dir)
     return state
+
+
+def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    with Checkpoints(config.teacher, read_only=True) as checkpoints:
+        step = checkpoints.resolve("latest")
+        run, _ = checkpoints.read_run(step)
+        if run.model.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"teacher {config.teacher} has a vocabulary of {run.model.vocab_size}; it must be "
+                f"model.vocab_size ({config.model.vocab_size})"
+            )
+        steps = make_steps(run, mesh)
+        params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
+    return Teacher(steps.graphdef, params)
 
 
 def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
