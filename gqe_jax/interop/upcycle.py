@@ -28,13 +28,11 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig, RunConfig
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
+from gqe_jax.interop.layout import abstract_params
 from gqe_jax.interop.runs import read_run, tokenizer_file, write_run
 from gqe_jax.transformer import Transformer
 
 Start = Literal["least_squares", "scaled_mean", "mean"]
-OUT = ("layers", "attention", "out", "kernel")
-_QUERY = ("layers", "attention", "query", "kernel")
-_SHARED_QUERY = ("layers", "attention", "shared_query", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +110,8 @@ def _read_dense(config: UpcycleConfig) -> tuple[RunConfig, nnx.State]:
         return run, params
     if config.distill or config.corpus is None:
         raise ConfigError(
-            f"{config.dense} is no run directory; to take it as it is, name --corpus and leave "
-            "--distill, else import it first (gqe_jax.interop.import_weights)"
+            f"{config.dense} is no run directory; if it is Hugging Face's, import it first "
+            "(gqe_jax.interop.import_weights), or name --corpus and leave out --distill"
         )
     model, params = read_model(config.dense, "bfloat16")
     return RunConfig(model, DataConfig(config.corpus)), params
@@ -144,19 +142,17 @@ def convert(dense: nnx.State, config: ModelConfig, *, seed: int, scaled: bool) -
       seed: of the router.
       scaled: W_O's hard slots have M/k times the mean of the group's blocks, else the mean.
     """
-    fresh = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(seed)))()
-    given = {path: param[...] for path, param in nnx.to_flat_state(dense)}
-    given[OUT] = _mean_out(given[OUT], config.attention, scaled)
-    given[_SHARED_QUERY] = jnp.mean(given[_QUERY], axis=(2, 3))
-    for name in ("key", "value"):
-        kernel = given[("layers", "attention", name, "kernel")]
-        given[("layers", "attention", f"shared_{name}", "kernel")] = jnp.mean(kernel, axis=2)
-    return nnx.from_flat_state(
-        [
-            (path, param.replace(given.get(path, param[...])))
-            for path, param in nnx.to_flat_state(nnx.state(fresh, nnx.Param))
-        ]
-    )
+    abstract = dict(nnx.to_flat_state(abstract_params(config)))
+    weights = {path: param[...] for path, param in nnx.to_flat_state(dense)}
+    kernel = lambda name: ("layers", "attention", name, "kernel")  # noqa: E731
+    shape, std = abstract[kernel("router")].shape, config.attention.router_init_std
+    weights[kernel("router")] = std * jax.random.normal(jax.random.key(seed), shape)
+    weights[kernel("out")] = _mean_out(weights[kernel("out")], config.attention, scaled)
+    weights[kernel("shared_query")] = jnp.mean(weights[kernel("query")], axis=(2, 3))
+    if config.attention.shared_kv == "own":
+        for name in ("key", "value"):
+            weights[kernel(f"shared_{name}")] = jnp.mean(weights[kernel(name)], axis=2)
+    return nnx.from_flat_state([(path, abstract[path].replace(x)) for path, x in weights.items()])
 
 
 def _mean_out(
@@ -213,8 +209,8 @@ def fit_out(
             [_finish(student.graphdef, block, x, s) for x, s in zip(streams, slots, strict=True)],
         )
     flat = dict(nnx.to_flat_state(params))
-    flat[OUT] = flat[OUT].replace(jnp.stack(fitted))
-    return nnx.from_flat_state(list(flat.items()))
+    path = ("layers", "attention", "out", "kernel")
+    return nnx.from_flat_state([*(flat | {path: flat[path].replace(jnp.stack(fitted))}).items()])
 
 
 @dataclasses.dataclass(frozen=True)
