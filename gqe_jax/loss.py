@@ -31,6 +31,7 @@ def chunked_cross_entropy(
       weights: 0 leaves a position out.
       chunk: positions in a chunk.
     """
+    table = table.astype(hidden.dtype)
 
     def one_chunk(hidden, targets, weights):
         logits = _logits(hidden, table)
@@ -55,6 +56,7 @@ def chunked_divergence(
     weight: the sum over the vocabulary of p_teacher · log(p_teacher / p). Arguments and memory as
     in `chunked_cross_entropy`.
     """
+    table, teacher_table = table.astype(hidden.dtype), teacher_table.astype(teacher_hidden.dtype)
 
     def one_chunk(hidden, teacher_hidden, weights):
         ours = jax.nn.log_softmax(_logits(hidden, table))
@@ -66,7 +68,6 @@ def chunked_divergence(
 
 
 def _logits(hidden: Array, table: Array) -> Array:
-    table = table.astype(hidden.dtype)
     return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 

@@ -193,21 +193,22 @@ def fit_out(
     wanted = [teacher.embedding(jnp.asarray(tokens)) for tokens in text]
     streams = wanted
     for layer in range(config.num_layers):
-        block = student.layer(layer)
+        dense_block, block = teacher.layer(layer), student.layer(layer)
+        steps = [_dense_layer(teacher.graphdef, dense_block, x) for x in wanted]
+        slots = [_slots(student.graphdef, block, x) for x in streams]
+        moments = [
+            _moments(of_text, attended - x)
+            for of_text, (attended, _), x in zip(slots, steps, streams, strict=True)
+        ]
+        gram, cross = (sum(parts) for parts in zip(*moments, strict=True))
         out = block["attention"]["out"]["kernel"]
-        behind, slots, gram, cross = [], [], 0.0, 0.0
-        for x, reached in zip(wanted, streams, strict=True):
-            attended, x = _dense_layer(teacher.graphdef, teacher.layer(layer), x)
-            behind.append(x)
-            slots.append(_slots(student.graphdef, block, reached))
-            moments = _moments(slots[-1], attended - reached)
-            gram, cross = gram + moments[0], cross + moments[1]
         out[...] = jnp.asarray(_solve(gram, cross, out[...], ridge), out.dtype)
         fitted.append(out[...])
-        wanted, streams = (
-            behind,
-            [_finish(student.graphdef, block, x, s) for x, s in zip(streams, slots, strict=True)],
-        )
+        wanted = [behind for _, behind in steps]
+        streams = [
+            _finish(student.graphdef, block, x, of_text)
+            for x, of_text in zip(streams, slots, strict=True)
+        ]
     flat = dict(nnx.to_flat_state(params))
     path = ("layers", "attention", "out", "kernel")
     return nnx.from_flat_state([*(flat | {path: flat[path].replace(jnp.stack(fitted))}).items()])
