@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gqe_jax import routing
 from gqe_jax.cache import KVCache
 from gqe_jax.config import AttentionConfig, ConfigError
-from gqe_jax.layers import projection, rotary
+from gqe_jax.layers import projection, rms_norm, rotary
 from gqe_jax.sharded_attention import sharded_dense_attention, sharded_routed_attention
 
 
@@ -55,6 +55,20 @@ class _Attention(nnx.Module):
         self.key = projection(embed, (group, head_dim), kv_axes, **types)
         self.value = projection(embed, (group, head_dim), kv_axes, **types)
         self.out = projection((config.num_slots, head_dim), embed, ("slot", None, "embed"), **types)
+        if config.qk_norm:
+            norm = {"epsilon": config.qk_norm_epsilon, "dtype": dtype, "rngs": rngs}
+            self.query_norm = rms_norm(head_dim, **norm)
+            self.key_norm = rms_norm(head_dim, **norm)
+
+    def _turned_query(self, query, positions):
+        """Query heads, normed if the configuration says so, with rotary embedding."""
+        query = self.query_norm(query) if self.config.qk_norm else query
+        return rotary(query, positions, self.config.rope_theta, self.config.rope_scaling)
+
+    def _turned_key(self, key, positions):
+        """As `_turned_query`, of key heads."""
+        key = self.key_norm(key) if self.config.qk_norm else key
+        return rotary(key, positions, self.config.rope_theta, self.config.rope_scaling)
 
     def _positions_and_segments(self, x, positions, segment_ids, cache, mask):
         """Defaults: positions count on from the cache; a mask is segment 1 and padding."""
@@ -112,7 +126,8 @@ class GroupedQueryExperts(_Attention):
     Parameters: `query.kernel` [embed, group, expert, head_dim], `key.kernel` and `value.kernel`
     [embed, group, head_dim], `router.kernel` [embed, group, expert], `out.kernel`
     [slot, head_dim, embed]; with variant `gqe`, `shared_query.kernel` [embed, head_dim], and with
-    `shared_kv="own"` also `shared_key.kernel` and `shared_value.kernel` [embed, head_dim].
+    `shared_kv="own"` also `shared_key.kernel` and `shared_value.kernel` [embed, head_dim]; with
+    `qk_norm`, `query_norm.scale` and `key_norm.scale` [head_dim].
 
     Raises:
       ConfigError: the variant is `gqa`.
@@ -199,8 +214,8 @@ class GroupedQueryExperts(_Attention):
         positions, segment_ids = self._positions_and_segments(
             x, positions, segment_ids, cache, mask
         )
-        turn = lambda heads: rotary(heads, positions, config.rope_theta)  # noqa: E731
-        query, key, value = turn(self.query(x)), turn(self.key(x)), self.value(x)  # steps 1, 2
+        key, value = self._turned_key(self.key(x), positions), self.value(x)  # step 1
+        query = self._turned_query(self.query(x), positions)  # step 2
 
         logits = self.router(x.astype(jnp.float32))  # step 3
         probs = routing.router_probabilities(logits)
@@ -208,9 +223,10 @@ class GroupedQueryExperts(_Attention):
 
         shared_query = shared_key = shared_value = None
         if config.variant == "gqe":
-            shared_query = turn(self.shared_query(x))
+            shared_query = self._turned_query(self.shared_query(x), positions)
             if config.shared_kv == "own":
-                shared_key, shared_value = turn(self.shared_key(x)), self.shared_value(x)
+                shared_key = self._turned_key(self.shared_key(x), positions)
+                shared_value = self.shared_value(x)
 
         new_cache, keys, masking = self._keys_and_masking(
             cache, segment_ids, key, value, shared_key, shared_value
@@ -254,7 +270,8 @@ class GroupedQueryAttention(_Attention):
     Called as `GroupedQueryExperts`; its aux is zero and has no experts.
 
     Parameters: `query.kernel` [embed, group, expert, head_dim], `key.kernel` and `value.kernel`
-    [embed, group, head_dim], `out.kernel` [head, head_dim, embed].
+    [embed, group, head_dim], `out.kernel` [head, head_dim, embed]; with `qk_norm`,
+    `query_norm.scale` and `key_norm.scale` [head_dim].
 
     Raises:
       ConfigError: the variant is not `gqa`.
@@ -280,11 +297,11 @@ class GroupedQueryAttention(_Attention):
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """As `GroupedQueryExperts.__call__`; there is no routing to return."""
         del return_routing
-        theta = self.config.rope_theta
         positions, segment_ids = self._positions_and_segments(
             x, positions, segment_ids, cache, mask
         )
-        query, key = (rotary(heads, positions, theta) for heads in (self.query(x), self.key(x)))
+        query = self._turned_query(self.query(x), positions)
+        key = self._turned_key(self.key(x), positions)
         new_cache, (key, value, _, _), masking = self._keys_and_masking(
             cache, segment_ids, key, self.value(x), None, None
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gqe_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
@@ -99,13 +100,25 @@ class Checkpoints:
         )
         return step
 
-    def read_run(self, step: int) -> tuple[RunConfig, str]:
-        """The configuration and corpus fingerprint of a checkpoint."""
+    def save_weights(self, params: nnx.State, config: RunConfig) -> None:
+        """Writes step 0 of a run: weights from elsewhere, which no corpus has trained yet."""
+        run = {"config": to_dict(config), "corpus": None}
+        self._manager.save(
+            0,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
+            ),
+        )
+
+    def read_run(self, step: int) -> tuple[RunConfig, str | None]:
+        """The configuration and corpus fingerprint of a checkpoint; None: of `save_weights`."""
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         return from_dict(RunConfig, run["config"]), run["corpus"]
 
     def check_fits(self, step: int, config: RunConfig, fingerprint: str) -> None:
         """Whether a run of `config` on this corpus can go on from the checkpoint.
+
+        From weights that `save_weights` wrote it can if the model is theirs.
 
         Raises:
           ConfigError: names the fields that differ, with both values.
@@ -119,8 +132,9 @@ class Checkpoints:
         fields = [
             f"{name} is {ours!r}, the checkpoint has {theirs!r}"
             for name, (ours, theirs) in differences(config, saved).items()
+            if corpus is not None or name.startswith("model.")
         ]
-        if corpus != fingerprint:
+        if corpus not in (None, fingerprint):
             fields.append(
                 f"data.corpus {config.data.corpus!r} now has the fingerprint {fingerprint}, the "
                 f"checkpoint was trained on {corpus}"

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
+RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
 
@@ -35,6 +36,33 @@ def _check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotation, for sequences longer than a model was first trained on."""
+
+    kind: RopeScalingKind = "none"
+    """`linear` turns every pair `factor` times slower (arXiv 2306.15595); `llama3` only the pairs
+    of long wavelength, as Llama 3.1 does."""
+    factor: float = 1.0
+    """How many times slower."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_length / low_freq_factor turn the whole factor slower."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_length / high_freq_factor turn as before."""
+    original_length: int = 8192
+    """llama3: the sequence length of the first training."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "kind", RopeScalingKind)
+        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_length")
+        _check(
+            self.high_freq_factor > self.low_freq_factor,
+            "high_freq_factor",
+            self.high_freq_factor,
+            f"it must exceed low_freq_factor ({self.low_freq_factor})",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Geometry of one attention layer (paper.md's symbols: d, N, G, k, D)."""
 
@@ -54,6 +82,12 @@ class AttentionConfig:
     """What the shared head attends to: the mean over groups of K and V, group 0's, or its own."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
+    rope_scaling: RopeScaling = RopeScaling()
+    qk_norm: bool = False
+    """RMSNorm of every query and key over head_dim, before the rotary embedding, as in Qwen3: one
+    scale for all query heads, the shared one too, and one for all keys."""
+    qk_norm_epsilon: float = 1e-6
+    """Added to the mean square in that norm."""
     router_init_std: float = 0.02
     """Standard deviation of the router's initial weights. At 0, the authors' choice, every
     probability ties and every token of the first step takes expert 0 of each group."""
@@ -64,6 +98,7 @@ class AttentionConfig:
         _check_positive(
             self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k", "rope_theta"
         )
+        _check_positive(self, "qk_norm_epsilon")
         if self.head_dim is None:
             _check(
                 self.embed_dim % self.num_query_experts == 0,
@@ -121,7 +156,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model: pre-norm, SwiGLU, rotary embedding, tied embedding."""
+    """A decoder-only language model: pre-norm, SwiGLU, rotary embedding."""
 
     attention: AttentionConfig = AttentionConfig()
     num_layers: int = 16
@@ -130,6 +165,8 @@ class ModelConfig:
     """Hidden width of SwiGLU."""
     vocab_size: int = 50304
     """Rows of the embedding: at least the tokenizer's vocabulary."""
+    tied_embedding: bool = True
+    """The embedding also gives the logits; False: the logits have a table of their own."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in RMSNorm."""
     embedding_init_std: float = 0.02
@@ -204,11 +241,14 @@ class OptimizerConfig:
     """Weight of the sum over layers of the router's z-loss; ours, off."""
     z_loss_weight: float = 0.0
     """Weight of the mean squared logsumexp of the vocabulary's logits; ours, off."""
+    distillation_weight: float = 0.5
+    """Where the run has a teacher: weight of the divergence from its predictions; the text's
+    cross-entropy has the rest."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
-        for field in ("warmup_fraction", "decay_fraction"):
+        for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
             value = getattr(self, field)
             _check(0 <= value <= 1, field, value, "it must be between 0 and 1")
         _check(
@@ -299,6 +339,8 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    teacher: str | None = None
+    """Run directory of a model whose predictions this one also learns (distillation)."""
     run_dir: str = "runs/default"
     """Where config.json, checkpoints, metrics and the report go; a run found there is resumed."""
     steps: int = 28610

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gqe_jax.config import RopeScaling
+
 
 def logical_axes(*names: str | None) -> dict:
     """Metadata that names a weight's axes; `sharding.py` maps the names to mesh axes."""
@@ -58,7 +60,7 @@ def rms_norm(
 def embedding(
     vocab_size: int, features: int, *, std: float, dtype: jnp.dtype | None, rngs: nnx.Rngs
 ) -> nnx.Embed:
-    """Token embedding, [vocab, embed]; its transpose gives the logits."""
+    """A table [vocab, embed]: of token embeddings, or whose transpose gives the logits."""
     return nnx.Embed(
         vocab_size,
         features,
@@ -69,17 +71,35 @@ def embedding(
     )
 
 
+def rope_frequencies(half: int, theta: float, scaling: RopeScaling) -> Float[Array, "half"]:
+    """Radians that each pair of features turns from one position to the next, float32.
+
+    `llama3` is the scaling of Meta's Llama 3.1 code: pairs between the two wavelengths are
+    interpolated between turning as before and turning `factor` times slower.
+    """
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 def rotary(
     x: Float[Array, "batch length *heads head_dim"],
     positions: Int[Array, "batch length"],
     theta: float,
+    scaling: RopeScaling = RopeScaling(),  # noqa: B008 - frozen
 ) -> Float[Array, "batch length *heads head_dim"]:
     """Rotary position embedding, half-split: feature i turns with feature i + head_dim / 2.
 
     Source: RoFormer, arXiv 2104.09864. Angles in float32; the result has the dtype of `x`.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = rope_frequencies(half, theta, scaling)
     angle = positions.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
     sin, cos = jnp.sin(angle), jnp.cos(angle)

@@ -12,16 +12,17 @@ import time
 from typing import Any, TextIO
 
 import jax
+from jax.sharding import Mesh
 
 from gqe_jax import report
 from gqe_jax.checkpoint import Checkpoints
-from gqe_jax.config import RunConfig, to_dict
+from gqe_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
 from gqe_jax.telemetry import Telemetry, read_metrics
-from gqe_jax.training import Steps, TrainState, make_steps
+from gqe_jax.training import Steps, Teacher, TrainState, make_steps
 from gqe_jax.transformer import matmul_flops_per_token
 
 CONFIG_FILE = "config.json"
@@ -62,17 +63,33 @@ class Interrupt:
         print(f"{name}: saving after this step; once more to exit now", file=sys.stderr, flush=True)
 
 
-def write_config(config: RunConfig) -> None:
-    """Writes the run's `config.json`, whole or not at all."""
-    path = pathlib.Path(config.run_dir) / CONFIG_FILE
+def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
+    """Writes the run's `config.json`, whole or not at all, into `directory` or its `run_dir`."""
+    path = (directory or pathlib.Path(config.run_dir)) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
     partial.replace(path)
 
 
+def read_config(run_dir: pathlib.Path) -> RunConfig:
+    """The `config.json` of a run.
+
+    Raises:
+      ConfigError: it is no run's configuration.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # ConfigError is a ValueError
+        raise ConfigError(f"{path} is not the configuration of a run ({error})") from error
+
+
 def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
     """Trains a run to its last step, or until a signal; goes on where its directory left off.
+
+    A directory whose only checkpoint is step 0 begins with those weights, such as `gqe_jax.interop`
+    writes.
 
     Everything that can be wrong with the configuration is found before anything is compiled or
     written.
@@ -102,9 +119,13 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         start = checkpoints.latest()
         if start is not None:
             checkpoints.check_fits(start, config, corpus.fingerprint)
-        steps = make_steps(config, mesh)
+        steps = make_steps(config, mesh, teacher=_load_teacher(config, mesh))
         if start is None:
             state, start = steps.init(), 0
+        elif start == 0:
+            state = steps.begin(
+                checkpoints.restore_params(0, steps.abstract_state, steps.state_sharding)
+            )
         else:
             state = checkpoints.restore(start, steps.abstract_state, steps.state_sharding)
         write_config(config)
@@ -123,6 +144,22 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         if int(state.step) == config.steps:
             report.draw(config.run_dir)
     return state
+
+
+def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    with Checkpoints(config.teacher, read_only=True) as checkpoints:
+        step = checkpoints.resolve("latest")
+        run, _ = checkpoints.read_run(step)
+        if run.model.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"teacher {config.teacher} has a vocabulary of {run.model.vocab_size}; it must be "
+                f"model.vocab_size ({config.model.vocab_size})"
+            )
+        steps = make_steps(run, mesh)
+        params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
+    return Teacher(steps.graphdef, params)
 
 
 def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:

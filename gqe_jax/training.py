@@ -43,6 +43,14 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained model whose predictions a run learns."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+
+
+@dataclasses.dataclass(frozen=True)
 class Steps:
     """The compiled functions of a run, and the layout of what they take."""
 
@@ -51,6 +59,8 @@ class Steps:
     abstract_state: TrainState
     state_sharding: TrainState
     init: Callable[[], TrainState]
+    begin: Callable[[nnx.State], TrainState]
+    """The state of step 0 with these parameters, which are donated."""
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[nnx.State, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
@@ -61,21 +71,44 @@ def forward_loss(
     params: nnx.State,
     batch: Batch,
     token_count: Float[Array, ""],
+    teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], AttentionAux]]:
-    """Cross-entropy over `token_count` plus the router's losses; (cross-entropy, aux) beside it."""
+    """Cross-entropy over `token_count` plus the router's losses; (cross-entropy, aux) beside it.
+
+    With a teacher, `distillation_weight` of the cross-entropy gives way to the divergence from it.
+    """
     model = nnx.merge(graphdef, params)
     hidden, aux, _ = model(batch.inputs, segment_ids=batch.segment_ids)
     nats, squares = losses.chunked_cross_entropy(
-        hidden, model.embedding.embedding[...], batch.targets, batch.weights
+        hidden, model.logit_table, batch.targets, batch.weights
     )
     cross_entropy = nats / token_count
     z_loss = config.optimizer.z_loss_weight * squares / token_count
-    total = cross_entropy + z_loss + losses.router_loss(aux, config.optimizer)
+    objective = cross_entropy
+    if teacher is not None:
+        nats = _divergence(model, hidden, teacher, batch)
+        weight = config.optimizer.distillation_weight
+        objective = (1 - weight) * cross_entropy + weight * nats / token_count
+    total = objective + z_loss + losses.router_loss(aux, config.optimizer)
     return total, (cross_entropy, aux)
 
 
+def _divergence(
+    model: Transformer, hidden: Array, teacher: Teacher, batch: Batch
+) -> Float[Array, ""]:
+    other = nnx.merge(teacher.graphdef, teacher.params)
+    other_hidden, _, _ = other(batch.inputs, segment_ids=batch.segment_ids)
+    return losses.chunked_divergence(
+        hidden, model.logit_table, other_hidden, other.logit_table, batch.weights
+    )
+
+
 def gradients(
-    config: RunConfig, graphdef: nnx.GraphDef, params: nnx.State, batch: Batch
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    batch: Batch,
+    teacher: Teacher | None = None,
 ) -> tuple[nnx.State, Float[Array, ""], AttentionAux]:
     """Gradients of the loss over the whole batch, cross-entropy, and the mean aux of its parts.
 
@@ -84,7 +117,7 @@ def gradients(
     """
     parts = config.accumulation_steps
     value_and_grad = jax.value_and_grad(
-        functools.partial(forward_loss, config, graphdef), has_aux=True
+        functools.partial(forward_loss, config, graphdef, teacher=teacher), has_aux=True
     )
     token_count = jnp.maximum(jnp.sum(batch.weights), 1.0)
     if parts == 1:
@@ -110,13 +143,20 @@ def gradients(
     return jax.tree.map(lambda x: x / parts, sums)
 
 
-def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = None) -> Steps:
+def make_steps(
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    implementation: str | None = None,
+    teacher: Teacher | None = None,
+) -> Steps:
     """The functions that train and evaluate `config` on `mesh`.
 
     Args:
       config: the run; its sizes must divide over the mesh (`sharding.check_divides`).
       mesh: from `sharding.make_mesh`.
       implementation: of the attention kernel; None: the best for the platform.
+      teacher: what the train step distils, its parameters on `mesh`; None: nothing.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = warmup_stable_decay(config.optimizer, config.steps)
@@ -127,12 +167,17 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
 
     graphdef, _ = nnx.split(nnx.eval_shape(create), nnx.Param)
 
-    def init() -> TrainState:
-        params = nnx.state(create(), nnx.Param)
+    def begin(params: nnx.State) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        grads, cross_entropy, aux = gradients(config, graphdef, state.params, batch)
+    def init() -> TrainState:
+        return begin(nnx.state(create(), nnx.Param))
+
+    def train_step(
+        state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        guide = teacher and dataclasses.replace(teacher, params=teacher_params)
+        grads, cross_entropy, aux = gradients(config, graphdef, state.params, batch, guide)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
@@ -152,14 +197,26 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
         """Summed nats and the number of tokens."""
         model = nnx.merge(graphdef, params)
         hidden, _, _ = model(batch.inputs, segment_ids=batch.segment_ids)
-        table = model.embedding.embedding[...]
-        nats, _ = losses.chunked_cross_entropy(hidden, table, batch.targets, batch.weights)
+        nats, _ = losses.chunked_cross_entropy(
+            hidden, model.logit_table, batch.targets, batch.weights
+        )
         return nats, jnp.sum(batch.weights)
 
     abstract = jax.eval_shape(init)
     layout = shardings(abstract, mesh)
     batch_layout = batch_sharding(mesh)
     replicated = shardings(jnp.zeros(()), mesh)
+    # The teacher is an argument of the compiled step, not a constant in it.
+    teacher_layout = () if teacher is None else (shardings(teacher.params, mesh),)
+    compiled_step = jax.jit(
+        train_step,
+        in_shardings=(layout, batch_layout, *teacher_layout),
+        out_shardings=(layout, replicated),
+        donate_argnums=0,
+    )
+
+    def guided_step(state: TrainState, batch: Batch):
+        return compiled_step(state, batch, teacher.params)
 
     return Steps(
         mesh=mesh,
@@ -167,15 +224,11 @@ def make_steps(config: RunConfig, mesh: Mesh, *, implementation: str | None = No
         abstract_state=abstract,
         state_sharding=layout,
         init=on_mesh(mesh, jax.jit(init, out_shardings=layout)),
-        train_step=on_mesh(
+        begin=on_mesh(
             mesh,
-            jax.jit(
-                train_step,
-                in_shardings=(layout, batch_layout),
-                out_shardings=(layout, replicated),
-                donate_argnums=0,
-            ),
+            jax.jit(begin, in_shardings=(layout.params,), out_shardings=layout, donate_argnums=0),
         ),
+        train_step=on_mesh(mesh, compiled_step if teacher is None else guided_step),
         eval_step=on_mesh(
             mesh,
             jax.jit(

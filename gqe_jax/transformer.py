@@ -51,7 +51,7 @@ class DecoderBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A language model with tied embedding. Parameters of the blocks lead with a layer axis.
+    """A language model. Parameters of the blocks lead with a layer axis.
 
     Args:
       config: the geometry, dtype and remat policy.
@@ -62,13 +62,10 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.config = config
-        self.embedding = embedding(
-            config.vocab_size,
-            config.embed_dim,
-            std=config.embedding_init_std,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        table = {"std": config.embedding_init_std, "dtype": dtype, "rngs": rngs}
+        self.embedding = embedding(config.vocab_size, config.embed_dim, **table)
+        if not config.tied_embedding:
+            self.unembedding = embedding(config.vocab_size, config.embed_dim, **table)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layer"})
@@ -133,11 +130,17 @@ class Transformer(nnx.Module):
         x, (aux, cache) = jax.lax.scan(block, x, (params, cache))
         return self.final_norm(x), aux, cache
 
+    @property
+    def logit_table(self) -> Float[Array, "vocab embed"]:
+        """What the final hidden states are multiplied with: the embedding, where it is tied."""
+        tied = self.config.tied_embedding
+        return (self.embedding if tied else self.unembedding).embedding[...]
+
     def logits(
         self, hidden: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length vocab"]:
-        """Float32 logits over the vocabulary, by the tied embedding."""
-        table = self.embedding.embedding[...].astype(hidden.dtype)
+        """Float32 logits over the vocabulary."""
+        table = self.logit_table.astype(hidden.dtype)
         return jnp.einsum("ble,ve->blv", hidden, table, preferred_element_type=jnp.float32)
 
     def create_cache(self, batch: int, capacity: int) -> KVCache | list[KVCache]:

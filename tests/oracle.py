@@ -129,7 +129,14 @@ def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
             weight = weight[:, i]
         return [x[b] @ weight for b in range(batch)]
 
-    def rotated(projected):
+    def rotated(projected, kind="query"):
+        if config.qk_norm:
+            square = [xp.mean(head**2, axis=-1, keepdims=True) for head in projected]
+            scale = params[f"{kind}_norm"]
+            projected = [
+                head / xp.sqrt(mean + config.qk_norm_epsilon) * scale
+                for head, mean in zip(projected, square, strict=True)
+            ]
         return xp.stack([rotate(xp, head, positions, config.rope_theta) for head in projected])
 
     q = xp.stack(
@@ -139,7 +146,7 @@ def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
         ],
         axis=2,
     )
-    key = xp.stack([rotated(heads("key", g)) for g in range(groups)], axis=2)
+    key = xp.stack([rotated(heads("key", g), "key") for g in range(groups)], axis=2)
     value = xp.stack([xp.stack(heads("value", g)) for g in range(groups)], axis=2)
     segments = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
     if config.variant == "gqa":
@@ -156,7 +163,7 @@ def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
         if config.shared_kv == "group_0":
             extra |= {"shared_key": key[:, :, 0], "shared_value": value[:, :, 0]}
         if config.shared_kv == "own":
-            extra["shared_key"] = rotated(heads("shared_key"))
+            extra["shared_key"] = rotated(heads("shared_key"), "key")
             extra["shared_value"] = xp.stack(heads("shared_value"))
     slots = routed_attention(xp, q, key, value, index, **extra, **segments)
     if config.variant == "weighted_concat":

@@ -1,12 +1,21 @@
 """The command lines: flags, and errors that say what is right before anything is written."""
 
+import dataclasses
+import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from configs import CONFIGS
+from gqe_jax.config import DataConfig
+from gqe_jax.trainer import write_config
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+INTEROP_COMMANDS = re.findall(r"^python -m gqe_jax\.interop\..*$", README, re.MULTILINE)
 
 
 def run(*arguments):
@@ -37,6 +46,25 @@ def test_train_names_what_is_wrong(tmp_path, arguments, message):
     assert message in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_train_takes_the_configuration_of_a_run(tmp_path):
+    config = dataclasses.replace(CONFIGS["tiny"], data=DataConfig(corpus="not/here"))
+    write_config(config, tmp_path)
+    assert "corpus not/here has no manifest.json" in run("train.py", str(tmp_path)).stderr
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not the configuration of a run" in run("train.py", str(tmp_path)).stderr
+
+
+@pytest.mark.parametrize("command", INTEROP_COMMANDS, ids=lambda line: line.split()[2])
+def test_the_readmes_commands_for_weights_take_their_flags(command, tmp_path, monkeypatch):
+    """What they do is in test_interop and test_upcycle; here what they are to read is not there."""
+    _, _, module, *arguments = command.split("  #")[0].split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit, match=rf"^error: \S*{arguments[0]}\b"):
+        importlib.import_module(module).main()
 
 
 def test_every_field_is_a_documented_flag():

@@ -34,7 +34,12 @@ def make_layer(config, **kwargs):
     """The layer, its parameters by name, and an input."""
     layer = make_attention(config, rngs=nnx.Rngs(0), **kwargs)
     _, params = nnx.split(layer)
-    named = {name: value["kernel"][...] for name, value in params.items()}
+    for norm in ("query_norm", "key_norm"):  # scales of 1 would hide a norm that ignores them
+        if norm in params:
+            scale = params[norm]["scale"]
+            scale[...] = jax.random.uniform(jax.random.key(3), scale.shape, minval=0.5, maxval=2.0)
+    nnx.update(layer, params)
+    named = {name: next(iter(value.values()))[...] for name, value in params.items()}
     x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, EMBED))
     return layer, named, x
 
@@ -52,6 +57,12 @@ def test_layer_equals_the_oracle(variant, top_k, experts, segments):
 @pytest.mark.parametrize("shared_kv", ["group_0", "own"])
 def test_sources_of_the_shared_head_equal_the_oracle(shared_kv):
     check_layer(make_config(shared_kv=shared_kv), SEGMENTS)
+
+
+@pytest.mark.parametrize("variant", ["gqe", "gqa"])
+def test_norms_of_queries_and_keys_equal_the_oracle(variant):
+    config = make_config(variant, qk_norm=True, qk_norm_epsilon=0.1, shared_kv="own")
+    check_layer(config, SEGMENTS)
 
 
 def check_layer(config, segments):
@@ -77,7 +88,8 @@ def check_layer(config, segments):
     assert_close(y, expected, 1e-5, "output")
     assert float(aux.load_balancing_loss) == pytest.approx(balance, abs=1e-6)
     for name, grad in expected_grads[0].items():
-        assert_close(grads[0][name]["kernel"][...], grad, 1e-4, f"gradient of {name}")
+        (ours,) = grads[0][name].values()
+        assert_close(ours[...], grad, 1e-4, f"gradient of {name}")
     assert_close(grads[1], expected_grads[1], 1e-4, "gradient of x")
 
 

@@ -13,6 +13,7 @@ from gqe_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     RunConfig,
     differences,
     from_dict,
@@ -30,6 +31,9 @@ from gqe_jax.config import (
         (AttentionConfig, {"embed_dim": 1000}, r"embed_dim is 1000.*num_query_experts \(16\)"),
         (AttentionConfig, {"head_dim": 7}, "head_dim is 7; rotary.*even"),
         (AttentionConfig, {"embed_dim": 48}, "head_dim is 3; rotary.*even"),
+        (AttentionConfig, {"qk_norm_epsilon": 0.0}, "qk_norm_epsilon is 0.0"),
+        (RopeScaling, {"kind": "yarn"}, "kind is 'yarn'; it must be one of none, linear, llama3"),
+        (RopeScaling, {"high_freq_factor": 1.0}, "high_freq_factor is 1.0; .*low_freq_factor"),
         (AttentionConfig, {"shared_kv": "max"}, "shared_kv is 'max'; it must be one of mean"),
         (ModelConfig, {"num_layers": 0}, "num_layers is 0"),
         (ModelConfig, {"dtype": "float16"}, "dtype is 'float16'; it must be one of float32"),
@@ -116,6 +120,14 @@ def test_an_int_serves_as_a_float_and_none_where_allowed():
     config = from_dict(RunConfig, {"optimizer": {"clip_cap": 2}, "eval_batches": None})
     assert config.optimizer.clip_cap == 2.0
     assert config.eval_batches is None
+
+
+def test_a_configuration_of_before_a_field_was_added_has_its_default():
+    saved = to_dict(CONFIGS["tiny"])
+    for name in ("rope_scaling", "qk_norm", "qk_norm_epsilon"):
+        del saved["model"]["attention"][name]
+    del saved["model"]["tied_embedding"]
+    assert from_dict(RunConfig, saved) == CONFIGS["tiny"]
 
 
 def test_only_what_past_steps_depend_on_counts_as_different():

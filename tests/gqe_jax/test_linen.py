@@ -15,15 +15,15 @@ from gqe_jax.sharding import RULES
 X = jax.random.normal(jax.random.key(1), (2, 6, 16))
 
 
-def make_config(variant):
+def make_config(variant, **kwargs):
     return AttentionConfig(
-        variant=variant, embed_dim=16, num_query_experts=4, num_kv_heads=2, shared_kv="own"
+        variant, embed_dim=16, num_query_experts=4, num_kv_heads=2, shared_kv="own", **kwargs
     )
 
 
 @pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat", "gqa"])
 def test_equals_the_nnx_layer_with_the_same_parameters(variant):
-    config = make_config(variant)
+    config = make_config(variant, qk_norm=variant in ("gqe", "gqa"))
     kind = linen.GroupedQueryAttention if variant == "gqa" else linen.GroupedQueryExperts
     layer = kind(config)
     variables = nn.unbox(layer.init(jax.random.key(0), X))

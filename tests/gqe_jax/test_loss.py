@@ -7,7 +7,7 @@ import pytest
 
 from gqe_jax.attention import AttentionAux
 from gqe_jax.config import OptimizerConfig
-from gqe_jax.loss import chunked_cross_entropy, router_loss
+from gqe_jax.loss import chunked_cross_entropy, chunked_divergence, router_loss
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 11, 512])
@@ -34,6 +34,25 @@ def test_chunks_add_up_to_the_whole(chunk):
     )
     np.testing.assert_allclose(grads[0], d_logits @ table, atol=1e-4)
     np.testing.assert_allclose(grads[1], np.einsum("btv,bte->ve", d_logits, hidden), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_divergence_from_a_teacher_of_another_width(chunk):
+    rng = np.random.default_rng(0)
+    hidden, table = rng.standard_normal((2, 7, 8)), rng.standard_normal((17, 8))
+    other_hidden, other_table = rng.standard_normal((2, 7, 4)), rng.standard_normal((17, 4))
+    weights = (rng.random((2, 7)) > 0.3).astype(np.float64)
+
+    def softmax(logits):
+        return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+
+    ours, theirs = softmax(hidden @ table.T), softmax(other_hidden @ other_table.T)
+    expected = np.sum(weights * np.sum(theirs * np.log(theirs / ours), axis=-1))
+    arrays = [jnp.float32(x) for x in (hidden, table, other_hidden, other_table, weights)]
+    assert float(chunked_divergence(*arrays, chunk=chunk)) == pytest.approx(expected, rel=1e-5)
+
+    grad = jax.grad(lambda h: chunked_divergence(h, *arrays[1:], chunk=chunk))(arrays[0])
+    np.testing.assert_allclose(grad, weights[..., None] * (ours - theirs) @ table, atol=1e-4)
 
 
 def test_the_logits_of_the_whole_batch_never_exist():

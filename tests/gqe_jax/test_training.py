@@ -15,7 +15,7 @@ from gqe_jax.config import (
     RunConfig,
 )
 from gqe_jax.sharding import batch_sharding, global_batch, make_mesh
-from gqe_jax.training import Batch, make_steps
+from gqe_jax.training import Batch, Teacher, gradients, make_steps
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -53,6 +53,31 @@ def losses(config: RunConfig, devices: int, segments: bool = False) -> list[floa
         values.append(float(metrics["loss"]))
     assert int(state.step) == config.steps
     return values
+
+
+def test_a_teacher_that_agrees_leaves_the_text_its_share():
+    """Its divergence is 0, with gradient 0: what is left is 1 - distillation_weight of the text."""
+    attention = dataclasses.replace(CONFIG.model.attention, variant="gqa")
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, attention=attention),
+        optimizer=dataclasses.replace(CONFIG.optimizer, distillation_weight=0.75),
+    )
+    steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jax.numpy.float32(rng.normal(size=x.shape) / 6), steps.abstract_state.params
+    )
+
+    def of(teacher):
+        grads = jax.jit(lambda p: gradients(config, steps.graphdef, p, make_batch(0), teacher)[0])
+        return grads(params)
+
+    def compare(with_teacher, alone):
+        scale = float(np.abs(alone).max())
+        np.testing.assert_allclose(with_teacher, 0.25 * alone, atol=1e-4 * scale)
+
+    jax.tree.map(compare, of(Teacher(steps.graphdef, params)), of(None))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Weights from and to other projects, in safetensors files only; and dense models made into GQE."""

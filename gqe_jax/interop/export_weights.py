@@ -1,0 +1,106 @@
+"""Writes a run's weights for other projects.
+
+    python -m gqe_jax.interop.export_weights runs/mine --output DIR
+
+DIR gets config.json, safetensors and the run's tokenizer.json. A model with variant `gqa` becomes
+a Llama, or with QK-norm a Qwen3, that `transformers` loads. A routed one has the authors' names in
+its attention and Llama's around it (`gqe_jax.interop.layout`), and our ModelConfig in config.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+
+from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError, Dtype, to_dict
+from gqe_jax.data.corpus import written_whole
+from gqe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
+from gqe_jax.interop import hf_config
+from gqe_jax.interop.import_weights import GQE
+from gqe_jax.interop.layout import torch_reader, torch_shapes
+from gqe_jax.interop.runs import read_run, tokenizer_file
+from gqe_jax.interop.tensors import write_tensors
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's weights for other projects."""
+
+    run_dir: tyro.conf.Positional[pathlib.Path]
+    """Directory of the run."""
+    output: pathlib.Path
+    """Directory to create."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    dtype: Dtype = "float32"
+    """Of the numbers in the files; float32 loses nothing, bfloat16 nothing of an imported one."""
+    max_position_embeddings: int | None = None
+    """Longest sequence that config.json claims; None: the run's sequence_length."""
+    max_shard_bytes: int = 5_000_000_000
+    """Weights of more bytes are split into several files."""
+
+    def __post_init__(self) -> None:
+        for field in ("max_position_embeddings", "max_shard_bytes"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ConfigError(f"{field} is {value}; it must be positive")
+
+
+def export_weights(config: ExportConfig) -> None:
+    """Writes the directory.
+
+    Raises:
+      CheckpointError: the run has no such checkpoint.
+      WeightsError: the model has no counterpart in Hugging Face's layout.
+      DataError: the output exists.
+    """
+    run, step, params = read_run(config.run_dir, config.step)
+    tokenizer = tokenizer_file(config.run_dir, run)
+    if run.model.attention.variant == "gqa":
+        values = hf_config.from_model_config(
+            run.model,
+            max_positions=config.max_position_embeddings or run.sequence_length,
+            dtype=config.dtype,
+            end_of_document=_end_of_document(tokenizer),
+        )
+    else:
+        values = {"model_type": GQE, "model": to_dict(run.model)}
+    with written_whole(config.output) as partial:
+        (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
+        write_tensors(
+            partial,
+            torch_shapes(run.model),
+            torch_reader(run.model, params),
+            _DTYPES[config.dtype],
+            max_shard_bytes=config.max_shard_bytes,
+        )
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    layout = values.get("architectures", ["the authors' layout"])[0]
+    print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {step}")
+
+
+def _end_of_document(tokenizer: pathlib.Path | None) -> int | None:
+    """The token that ends a text, if the tokenizer has one of the usual names."""
+    try:
+        return None if tokenizer is None else load_tokenizer(tokenizer).end_of_document
+    except ValueError:
+        return None
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(ExportConfig, sys.argv[1:], prog="export_weights", description=__doc__)
+    run_command(lambda: export_weights(config))
+
+
+if __name__ == "__main__":
+    main()

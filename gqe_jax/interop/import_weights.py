@@ -1,0 +1,102 @@
+"""Makes a run directory of weights from elsewhere.
+
+    python -m gqe_jax.interop.import_weights DIR --output runs/mine
+
+DIR has config.json and safetensors: a Llama or Qwen3 as Hugging Face writes it, which becomes a
+model with variant `gqa`, or a GQE model as `gqe_jax.interop.export_weights` writes it (paper.md's
+Interchange). Then `eval.py runs/mine`, `train.py runs/mine`, `upcycle runs/mine` go on from there.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import tyro
+from flax import nnx
+
+from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError, DataConfig, Dtype, ModelConfig, RunConfig, from_dict
+from gqe_jax.data.tokenizers import TOKENIZER_FILE
+from gqe_jax.interop import hf_config
+from gqe_jax.interop.layout import abstract_params, read_params
+from gqe_jax.interop.runs import SPREAD, write_run
+from gqe_jax.interop.tensors import Tensors, WeightsError
+from gqe_jax.sharding import make_mesh, shardings
+
+GQE = "gqe"
+"""`model_type` of config.json for the authors' layout; our ModelConfig is its field `model`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """Make a run directory of weights from elsewhere."""
+
+    weights: tyro.conf.Positional[pathlib.Path]
+    """Directory with config.json, safetensors and, if there is one, tokenizer.json."""
+    output: pathlib.Path
+    """Run directory to create."""
+    corpus: str | None = None
+    """What the run evaluates and trains on, prepared with this tokenizer; None: corpora/ and the
+    output's name."""
+    sequence_length: int = 2048
+    """Tokens of the run's windows; at most what the model was trained on."""
+    dtype: Dtype = "bfloat16"
+    """Type of activations and matrix products; parameters are float32."""
+
+
+def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.State]:
+    """The configuration and parameters of a model in safetensors, over all devices.
+
+    Raises:
+      WeightsError: names the field or the tensor that cannot be used, and its file.
+    """
+    values = hf_config.read_config(directory)
+    try:
+        if values.get("model_type") == GQE:
+            config = from_dict(ModelConfig, values.get("model"))
+            config = dataclasses.replace(config, dtype=dtype)
+        else:
+            config = hf_config.to_model_config(values, dtype=dtype)
+    except (ConfigError, WeightsError) as error:
+        raise WeightsError(f"{directory / hf_config.CONFIG_FILE}: {error}") from error
+    layout = shardings(abstract_params(config), make_mesh(SPREAD))
+    return config, read_params(config, Tensors(directory), layout)
+
+
+def import_weights(config: ImportConfig) -> RunConfig:
+    """Writes the run directory; returns its configuration.
+
+    Raises:
+      WeightsError: as `read_model`.
+      DataError: the output exists.
+    """
+    model, params = read_model(config.weights, config.dtype)
+    run = RunConfig(
+        model=model,
+        data=DataConfig(corpus=config.corpus or f"corpora/{config.output.name}"),
+        run_dir=str(config.output),
+        sequence_length=config.sequence_length,
+    )
+    tokenizer = config.weights / TOKENIZER_FILE
+    write_run(run, params, tokenizer if tokenizer.is_file() else None)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{config.output}: {model.attention.variant}, {count:,} parameters of {config.weights}")
+    if tokenizer.is_file():
+        print(
+            f"a corpus for it: python -m gqe_jax.data.prepare --tokenizer "
+            f"{config.output / TOKENIZER_FILE} --output {run.data.corpus} --input ..."
+        )
+    else:
+        print(f"{config.weights} has no {TOKENIZER_FILE}: its corpus must be of the same tokens")
+    return run
+
+
+def main() -> None:
+    """The command line."""
+    config = parse(ImportConfig, sys.argv[1:], prog="import_weights", description=__doc__)
+    run_command(lambda: import_weights(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Safetensors: one file, or several under an index, as Hugging Face lays them out.
+
+The format is a JSON header and raw numbers: reading it executes nothing.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_FLOATS = ("F32", "BF16", "F16")  # each exact in float32
+
+
+class WeightsError(ValueError):
+    """Weights, or the configuration beside them, cannot be used."""
+
+
+class Tensors:
+    """The tensors of a file, or of a directory with `model.safetensors` or an index of shards.
+
+    Opening reads headers only; the numbers of a tensor are read when it is asked for.
+
+    Raises:
+      WeightsError: a file is missing, truncated or no safetensors file, or the index and its shards
+        differ; names the file and the tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, pathlib.Path] = {}
+        if self.path.is_file():
+            self._open(self.path)
+        elif (self.path / INDEX_FILE).is_file():
+            self._open_shards(self.path / INDEX_FILE)
+        elif (self.path / WEIGHTS_FILE).is_file():
+            self._open(self.path / WEIGHTS_FILE)
+        else:
+            raise WeightsError(
+                f"{self.path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a safetensors file "
+                "or a directory with one (other formats are not read: convert them first)"
+            )
+
+    def _open(self, file: pathlib.Path) -> None:
+        try:
+            opened = safe_open(file, framework="np")
+        except FileNotFoundError:
+            raise WeightsError(f"{file} is missing; copy it again") from None
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{file} cannot be read: {_damage(file) or error}; copy it again"
+            ) from error
+        for name in opened.keys():  # noqa: SIM118 - no mapping
+            self._files[name], self._file_of[name] = opened, file
+
+    def _open_shards(self, index: pathlib.Path) -> None:
+        try:
+            listed = json.loads(index.read_text())["weight_map"]
+            shards = sorted(set(listed.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{index} has no weight_map ({error!r}); copy it again") from None
+        for shard in shards:
+            if pathlib.PurePath(shard).name != shard:
+                raise WeightsError(f"{index} names the file {shard!r}; it must be a plain name")
+            self._open(index.parent / shard)
+        for name in sorted(set(listed) | set(self._file_of)):
+            if name not in listed:
+                raise WeightsError(f"{self._file_of[name]} has tensor {name}; {index} does not")
+            expected = index.parent / listed[name]
+            if self._file_of.get(name) != expected:
+                raise WeightsError(f"{expected} lacks tensor {name}, which {index} says it has")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in float32, in which every type that `check` allows is exact."""
+        return self._files[name].get_tensor(name).astype(np.float32)
+
+    def check_equal(self, name: str, other: str) -> None:
+        """Whether a tensor repeats another.
+
+        Raises:
+          WeightsError: they differ.
+        """
+        if not np.array_equal(self.read(name), self.read(other)):
+            raise WeightsError(
+                f"{self._file_of[name]}: tensor {name} differs from {other}; the configuration "
+                "ties them, so it must be the same or left out"
+            )
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> None:
+        """Whether there are these tensors, of these shapes, of a float type, and no others.
+
+        Args:
+          shapes: what must be there.
+          ignored: names for which this is true may be there.
+
+        Raises:
+          WeightsError: names the tensors that are missing, and those that do not belong; or one of
+            the wrong shape or type.
+        """
+        missing = [f"{name} is missing" for name in shapes if name not in self]
+        extra = [
+            f"{name} in {self._file_of[name].name} does not belong"
+            for name in self._files
+            if name not in shapes and not ignored(name)
+        ]
+        if missing or extra:
+            found = missing + extra
+            shown = "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if found[6:] else "")
+            raise WeightsError(f"{self.path} does not fit its configuration: tensor {shown}")
+        for name, shape in shapes.items():
+            view = self._files[name].get_slice(name)
+            if tuple(view.get_shape()) != tuple(shape):
+                raise WeightsError(
+                    f"{self._file_of[name]}: tensor {name} has shape {tuple(view.get_shape())}; "
+                    f"by the configuration it must be {tuple(shape)}"
+                )
+            if view.get_dtype() not in _FLOATS:
+                raise WeightsError(
+                    f"{self._file_of[name]}: tensor {name} has type {view.get_dtype()}; it must be "
+                    f"one of {', '.join(_FLOATS)}"
+                )
+
+
+def _damage(file: pathlib.Path) -> str | None:
+    """Which tensor a truncated file no longer holds whole; None if that is not what is wrong."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length < size else {}
+        ends = {
+            name: 8 + length + x["data_offsets"][1] for name, x in header.items() if "dtype" in x
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        if end > size:
+            return f"tensor {name} ends at byte {end} and the file at {size}, it is truncated"
+    return None
+
+
+def write_tensors(
+    directory: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    dtype: np.dtype,
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or shards and their index if it would be larger than a shard.
+
+    Args:
+      directory: exists, and has no weights.
+      shapes: of the tensors, in their order.
+      read: gives the tensor of a name; at most one shard's are held at a time.
+      dtype: of the numbers in the files.
+      max_shard_bytes: what a file may hold; a larger tensor has a file of its own.
+    """
+    shards: list[list[str]] = [[]]
+    used = total = 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape)) * dtype.itemsize
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+        total += size
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [WEIGHTS_FILE]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: np.ascontiguousarray(read(name), dtype) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, names in zip(files, shards, strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
