@@ -97,7 +97,8 @@ def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
         "data.corpus": config.data.corpus,
     }
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # One device, and programs compiled fast, as tests/conftest.py has it.
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
         [sys.executable, "train.py", "tiny", *arguments],
         cwd=REPOSITORY,
