@@ -1,10 +1,22 @@
 """Trains a language model: `python train.py [CONFIG] [--field value ...]`."""
 
+import dataclasses
 import sys
+from typing import Annotated
+
+import tyro
 
 from configs import CONFIGS
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compile_for import CompileOptions, compile_for
+from gqe_jax.config import RunConfig
 from gqe_jax.trainer import train
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    proof: Annotated[CompileOptions, tyro.conf.arg(name="")]
 
 
 def main() -> None:
@@ -14,14 +26,17 @@ def main() -> None:
     name = arguments.pop(0) if named else "tiny"
     if name not in CONFIGS:
         sys.exit(f"error: CONFIG is {name!r}; it must be one of {', '.join(CONFIGS)}")
-    config = parse(
-        CONFIGS[name],
+    command = parse(
+        _Command(CONFIGS[name], CompileOptions()),
         arguments,
         prog=f"train.py {name}",
         description=f"Train a run, or go on with it. Configurations: {', '.join(CONFIGS)}; tiny "
         "if none is named. Defaults below are those of the one named.",
     )
-    run_command(lambda: train(config))
+    if command.proof.compile_for is not None:
+        print(run_command(lambda: compile_for(command.run, command.proof)))
+    else:
+        run_command(lambda: train(command.run))
 
 
 if __name__ == "__main__":

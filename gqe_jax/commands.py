@@ -12,6 +12,7 @@ import jax
 import tyro
 
 from gqe_jax.checkpoint import CheckpointError
+from gqe_jax.compile_for import DoesNotFitError
 from gqe_jax.config import ConfigError
 from gqe_jax.data import DataError
 from gqe_jax.trainer import NonFiniteLossError
@@ -50,7 +51,7 @@ def run_command(function: Callable[[], Any]) -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
     try:
         return function()
-    except (ConfigError, DataError, CheckpointError, NonFiniteLossError) as error:
+    except (ConfigError, DataError, CheckpointError, NonFiniteLossError, DoesNotFitError) as error:
         sys.exit(f"error: {error}")
 
 
