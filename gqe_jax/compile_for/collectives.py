@@ -13,6 +13,8 @@ KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+# On TPU a reduce-scatter is a fusion, so named, of an all-reduce and a slice of it.
+SCATTERED_SUM = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,7 @@ def _within(
             yield x, scatters
         elif x.opcode == "fusion":
             called = x.called("calls")
-            # On TPU a reduce-scatter is a fusion of an all-reduce and a slice of it.
-            scattered = called.startswith("all-reduce-scatter")
+            scattered = called.startswith(SCATTERED_SUM)
             yield from _within(program, program.computations[called], scattered)
 
 

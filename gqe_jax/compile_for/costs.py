@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gqe_jax.compile_for.collectives import KINDS
+from gqe_jax.compile_for.collectives import KINDS, SCATTERED_SUM
 from gqe_jax.compile_for.hlo import Array, Instruction, Program
 
 # They name or pass on buffers, and move nothing.
@@ -120,7 +120,7 @@ def _hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instructio
         return x.hbm_bytes + (x.bytes if read[0].hbm_bytes else 0)
     if x.opcode == "dynamic-update-slice":
         return read[1].hbm_bytes + (read[1].bytes if x.hbm_bytes else 0)
-    if x.opcode != "fusion":
+    if x.opcode != "fusion" or x.called("calls").startswith(SCATTERED_SUM):
         return x.hbm_bytes + sum(operand.hbm_bytes for operand in read)
     inner = program.computations[x.called("calls")]
     total = _written(inner, x)

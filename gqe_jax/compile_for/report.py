@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 from gqe_jax.compile_for.chips import GIB
@@ -37,19 +38,19 @@ def as_text(compiled: Compiled) -> str:
         f"{config.sequence_length} a step, in {config.accumulation_steps} parts; "
         f"remat {config.model.remat}",
         "On each device:",
-        f"  parameters       {memory.parameters / GIB:10.2f} GiB",
-        f"  optimizer        {memory.optimizer / GIB:10.2f} GiB",
-        f"  temporaries      {memory.temporaries / GIB:10.2f} GiB  (activations, gradients, "
-        "gathered weights)",
-        f"  peak HBM         {memory.peak / GIB:10.2f} GiB  of {chip.hbm_bytes / GIB:.0f} "
-        f"({memory.peak / chip.hbm_bytes:.0%})",
-        f"  products         {costs.product_flops / 1e12:10.2f} TFLOP",
+        f"  {'parameters':<20} {_bytes(memory.parameters)}",
+        f"  {'optimizer':<20} {_bytes(memory.optimizer)}",
+        f"  {'temporaries':<20} {_bytes(memory.temporaries)}  (activations, gradients, gathered "
+        "weights)",
+        f"  {'peak HBM':<20} {_bytes(memory.peak)}  of {chip.hbm_bytes / GIB:.0f} GiB "
+        f"({memory.peak / chip.hbm_bytes:.1%})",
+        f"  {'matrix products':<20} {_scaled(costs.product_flops)}FLOP",
     ]
     for name, flops in costs.kernel_flops.items():
-        lines.append(f"  {name:<16} {flops / 1e12:10.2f} TFLOP")
-    lines.append(f"  HBM traffic      {costs.hbm_bytes / 1e9:10.2f} GB")
+        lines.append(f"  {name:<20} {_scaled(flops)}FLOP")
+    lines.append(f"  {'HBM traffic':<20} {_scaled(costs.hbm_bytes)}B")
     for (kind, names), sent in traffic(compiled.collectives).items():
-        lines.append(f"  {kind:<16} {sent / 1e9:10.2f} GB  over {names}")
+        lines.append(f"  {kind:<20} {_scaled(sent)}B sent over {names}")
     lines += [
         "Estimate (of the compiled costs at published peaks, all at once; not a measurement):",
         f"  compute {_time(guess.compute)}, HBM {_time(guess.hbm)}, ICI {_time(guess.ici)}, "
@@ -59,6 +60,16 @@ def as_text(compiled: Compiled) -> str:
         f"{guess.model_flop_utilisation:.1%}",
     ]
     return "\n".join(lines)
+
+
+def _bytes(size: int) -> str:
+    unit, name = (GIB, "GiB") if size >= GIB / 10 else (2**20, "MiB")
+    return f"{size / unit:8.2f} {name}"
+
+
+def _scaled(value: float) -> str:
+    power = min(4, max(0, int(math.log10(max(value, 1)) // 3)))
+    return f"{value / 1000**power:8.2f} {' kMGT'[power].strip()}"
 
 
 def _time(seconds: float) -> str:
