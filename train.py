@@ -3,10 +3,21 @@
 import dataclasses
 import pathlib
 import sys
+from typing import Annotated
+
+import tyro
 
 from configs import CONFIGS
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compile_for import CompileOptions, compile_for
+from gqe_jax.config import RunConfig
 from gqe_jax.trainer import CONFIG_FILE, read_config, train
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    proof: Annotated[CompileOptions, tyro.conf.arg(name="")]
 
 
 def main() -> None:
@@ -23,14 +34,17 @@ def main() -> None:
             f"error: CONFIG is {name!r}; it must be one of {', '.join(CONFIGS)}, or the directory "
             f"of a run, with its {CONFIG_FILE}"
         )
-    config = parse(
-        default,
+    command = parse(
+        _Command(default, CompileOptions()),
         arguments,
         prog=f"train.py {name}",
         description=f"Train a run, or go on with it. Configurations: {', '.join(CONFIGS)}, or "
         "a run's directory; tiny if none is named. Defaults below are those of the one named.",
     )
-    run_command(lambda: train(config))
+    if command.proof.compile_for is not None:
+        print(run_command(lambda: compile_for(command.run, command.proof)))
+    else:
+        run_command(lambda: train(command.run))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,21 @@ import jax
 import tyro
 
 from gqe_jax.checkpoint import CheckpointError
+from gqe_jax.compile_for import DoesNotFitError
 from gqe_jax.config import ConfigError
 from gqe_jax.data import DataError
 from gqe_jax.interop.tensors import WeightsError
 from gqe_jax.trainer import NonFiniteLossError
+
+# What a user can mend: the message is the whole answer.
+_REFUSALS = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    NonFiniteLossError,
+    WeightsError,
+    DoesNotFitError,
+)
 
 
 def parse[Config](
@@ -51,7 +62,7 @@ def run_command(function: Callable[[], Any]) -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
     try:
         return function()
-    except (ConfigError, DataError, CheckpointError, NonFiniteLossError, WeightsError) as error:
+    except _REFUSALS as error:
         sys.exit(f"error: {error}")
 
 

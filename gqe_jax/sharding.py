@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -29,17 +30,36 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices`, by default all of them.
 
+    Over several slices of TPUs the data axis takes the network between them.
+
     Raises:
-      ConfigError: the mesh does not fit the number of devices.
+      ConfigError: the mesh does not fit the number of devices, or data that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        return _mesh_over_slices(sizes, slices, devices)
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=devices,
     )
+
+
+def _mesh_over_slices(sizes: dict[str, int], slices: int, devices: list[jax.Device]) -> Mesh:
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"mesh.data is {sizes['data']}; it must be a multiple of the {slices} slices, between "
+            "which only gradients pass"
+        )
+    within = {axis: size // slices if axis == "data" else size for axis, size in sizes.items()}
+    between = {axis: slices if axis == "data" else 1 for axis in sizes}
+    array = mesh_utils.create_hybrid_device_mesh(
+        tuple(within.values()), tuple(between.values()), devices
+    )
+    return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:

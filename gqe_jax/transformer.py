@@ -200,3 +200,9 @@ def matmul_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     scores = attention.num_active_heads * head_dim * sequence_length  # QK and PV, half masked
     block = projections + 3 * embed * config.mlp_dim + scores
     return 2.0 * (config.num_layers * block + embed * config.vocab_size)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, without making them."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

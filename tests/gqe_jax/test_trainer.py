@@ -65,7 +65,7 @@ def test_the_run_directory_is_complete(finished):
     names = {path.name for path in os.scandir(config.run_dir)}
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "report"}
     reports = {path.name for path in os.scandir(os.path.join(config.run_dir, "report"))}
-    assert reports == {"loss.png", "optimizer.png", "expert_load.png"}
+    assert reports == {"loss.png", "optimizer.png", "expert_load.png", "router_entropy.png"}
     with open(os.path.join(config.run_dir, "config.json")) as file:
         assert from_dict(RunConfig, json.load(file)) == config
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_kernels.pallas_tpu.backward import backward
 from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
+from gqe_kernels.pallas_tpu.cost import visible_pairs
 from gqe_kernels.pallas_tpu.forward import forward
 from gqe_kernels.pallas_tpu.layout import LANES, Layout, takes
 from gqe_kernels.pallas_tpu.prepare import prepare
@@ -215,6 +216,7 @@ def _attention_backward(static, residuals, d_slots):
         delta,
         layout=layout,
         tiles=tiles,
+        pairs=visible_pairs(q_len, kv_len, static.causal, static.static_offset),
         scale=static.scale,
         vmem_bytes=blocks.vmem_bytes,
         launches=launches,

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from gqe_kernels.pallas_tpu.cost import BACKWARD_PRODUCTS, estimate
 from gqe_kernels.pallas_tpu.layout import (
     Layout,
     expand_query,
@@ -191,6 +192,7 @@ def backward(
     *,
     layout: Layout,
     tiles: Tiles,
+    pairs: int,
     scale: float,
     vmem_bytes: int,
     launches: int,
@@ -199,6 +201,7 @@ def backward(
     """Gradients of all queries, keys and values.
 
     Args:
+      pairs: query token × key token that one head must look at, for the cost estimate.
       launches, num_q: calls of the kernel, and blocks of queries in each.
 
     Returns:
@@ -280,6 +283,12 @@ def backward(
         )
         before, d_queries = len(jax.tree.leaves((prefetched, inputs))), 1 + layout.shared
         kv_rows_out, sum_dtype = (kv_len, o.key.dtype) if sums is None else (whole, jnp.float32)
+        out_shape = [
+            like(o.query, q_length, o.query.dtype),
+            like(o.shared_query, q_length, o.query.dtype),
+            KeyGradients(*(like(x, kv_rows_out, sum_dtype) for x in read)),
+        ]
+        moved = (selected, d_out, read, o.query, o.shared_query, read)
         return pl.pallas_call(
             functools.partial(_kernel, layout=layout, tiles=tiles, scale=scale, num_q=num_q),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -309,11 +318,10 @@ def backward(
                     pltpu.VMEM((tiles.kv, tiles.q), jnp.float32) if tiles.ever_masked else None,
                 ],
             ),
-            out_shape=[
-                like(o.query, q_length, o.query.dtype),
-                like(o.shared_query, q_length, o.query.dtype),
-                KeyGradients(*(like(x, kv_rows_out, sum_dtype) for x in read)),
-            ],
+            out_shape=out_shape,
+            cost_estimate=estimate(
+                BACKWARD_PRODUCTS, pairs, layout, batch, moved, launches=launches
+            ),
             input_output_aliases={
                 before + n: d_queries + n for n in range(len(jax.tree.leaves(sums)))
             },

@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.pallas_tpu.blocks import BlockSizes
+from gqe_kernels.pallas_tpu.cost import FORWARD_PRODUCTS, estimate, visible_pairs
 from gqe_kernels.pallas_tpu.layout import (
     LANES,
     LOG2E,
@@ -324,6 +325,12 @@ def forward(
         shape = (blocks.strip, blocks.strip) if tiles.diagonal_first else (tiles.q, tiles.kv)
         bias = pltpu.VMEM(shape, jnp.float32)
     padded = tiles.num_q * tiles.q
+    out_shape = [
+        result_shape(query, (batch, q_len, layout.slots * layout.head_dim), query.dtype),
+        result_shape(query, (batch, layout.padded_heads, padded), jnp.float32),
+    ]
+    operands = (query, key, value, index, weight, shared_query, shared_key, shared_value)
+    pairs = visible_pairs(q_len, kv_len, causal, static_offset)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -356,25 +363,11 @@ def forward(
                 bias,
             ],
         ),
-        out_shape=[
-            result_shape(query, (batch, q_len, layout.slots * layout.head_dim), query.dtype),
-            result_shape(query, (batch, layout.padded_heads, padded), jnp.float32),
-        ],
+        out_shape=out_shape,
+        cost_estimate=estimate(FORWARD_PRODUCTS, pairs, layout, batch, operands, out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
         ),
         name="gqe_forward",
-    )(
-        table,
-        query,
-        key,
-        value,
-        index,
-        weight,
-        shared_query,
-        shared_key,
-        shared_value,
-        q_segment,
-        kv_segment,
-    )
+    )(table, *operands, q_segment, kv_segment)

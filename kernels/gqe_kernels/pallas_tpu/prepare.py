@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gqe_kernels.pallas_tpu.cost import estimate
 from gqe_kernels.pallas_tpu.layout import (
     LANES,
     LOG2E,
@@ -91,24 +92,27 @@ def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale
 
     heads = result_shape(query, (batch, num_q * q, layout.heads * layout.row), query.dtype)
     delta = result_shape(query, (batch, layout.padded_heads, num_q * q), jnp.float32)
+    operands = (query, index, weight, shared_query, slots, d_slots)
+    out_shape = [
+        heads,
+        heads,
+        delta,
+        None if weight is None else result_shape(query, weight.shape, weight.dtype),
+    ]
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, scale=scale, q_len=q_len),
         grid=(batch, num_q),
-        in_specs=[rows(x) for x in (query, index, weight, shared_query, slots, d_slots)],
+        in_specs=[rows(x) for x in operands],
         out_specs=[
             rows(heads),
             rows(heads),
             pl.BlockSpec((None, layout.padded_heads, q), lambda b, i: (b, 0, i)),
             rows(weight),
         ],
-        out_shape=[
-            heads,
-            heads,
-            delta,
-            None if weight is None else result_shape(query, weight.shape, weight.dtype),
-        ],
+        out_shape=out_shape,
+        cost_estimate=estimate(0, 0, layout, batch, operands, out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes
         ),
         name="gqe_backward_prepare",
-    )(query, index, weight, shared_query, slots, d_slots)
+    )(*operands)

@@ -1,0 +1,164 @@
+"""What crosses between devices: of each collective its kind, its mesh axes and its bytes."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from gqe_jax.compile_for.hlo import Instruction, Program
+
+KINDS = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+# On TPU a reduce-scatter is a fusion, so named, of an all-reduce and a slice of it.
+SCATTERED_SUM = "all-reduce-scatter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    Attributes:
+      axes: the mesh axes along which the devices of a group differ.
+      group: positions in the mesh, flat, of one group's devices.
+      bytes: what one device sends in one run, by a ring: of n devices' array of b bytes, b (n - 1)
+        / n for all-gather (the whole), reduce-scatter (before) and all-to-all, twice that for
+        all-reduce, b for a permutation.
+      times: runs in one call.
+      between_slices: over the data-center network, on which XLA does the part of a collective that
+        leaves the slice, after and before parts of it inside.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    bytes: float
+    times: int
+    between_slices: bool = False
+
+
+def collectives(
+    program: Program, mesh_shape: Mapping[str, int], num_slices: int = 1
+) -> list[Collective]:
+    """All collectives of a program that was compiled for a mesh, whose first axis has the slices.
+
+    One that runs beside other work is written in each of the fusions it accompanies, always with
+    the same channel; it counts once.
+    """
+    found = []
+    for computation, times in program.runs():
+        seen = set()
+        for x, scatters in _within(program, computation, False):
+            channel = x.opcode == "send", x.text("channel_id") or x.name
+            if channel in seen:
+                continue
+            seen.add(channel)
+            if x.opcode == "send":
+                found.append(_between_slices(x, num_slices, times, mesh_shape))
+                continue
+            group = _group(x, math.prod(mesh_shape.values()) // num_slices)
+            if len(group) > 1:
+                found.append(_collective(x, scatters, group, mesh_shape, times))
+    return found
+
+
+def _within(
+    program: Program, computation: Mapping[str, Instruction], scatters: bool
+) -> Iterator[tuple[Instruction, bool]]:
+    for x in computation.values():
+        if x.opcode.removesuffix("-start") in KINDS or (
+            x.opcode == "send" and "_xla_megascale_transfer_type" in x.attributes
+        ):
+            yield x, scatters
+        elif x.opcode == "fusion":
+            called = x.called("calls")
+            scattered = called.startswith(SCATTERED_SUM)
+            yield from _within(program, program.computations[called], scattered)
+
+
+def _collective(x, scatters, group, mesh_shape, times) -> Collective:
+    kind = x.opcode.removesuffix("-start")
+    if scatters and kind == "all-reduce":
+        kind = "reduce-scatter"
+    # What a start returns names the operands first; the largest array is the whole one.
+    size = max(a.bytes for a in x.arrays) if x.opcode.endswith("-start") else x.bytes
+    n = len(group)
+    if x.opcode == "reduce-scatter":
+        size *= n
+    factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
+    sent = size * factor.get(kind, (n - 1) / n)
+    return Collective(kind, _axes(group, mesh_shape), group, sent, times)
+
+
+def _between_slices(x, num_slices, times, mesh_shape) -> Collective:
+    """Of a send to libtpu's runtime for several slices, which names the collective that it is."""
+    name = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)[1]
+    kind, n = name.lower().replace("_", "-"), num_slices
+    factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1}.get(kind, (n - 1) / n)
+    sent = x.arrays[0].bytes * factor
+    return Collective(kind, (next(iter(mesh_shape)),), (), sent, times, between_slices=True)
+
+
+def _axes(group: tuple[int, ...], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    indices = np.unravel_index(np.array(group), tuple(mesh_shape.values()))
+    varies = (len(set(index.tolist())) > 1 for index in indices)
+    return tuple(axis for axis, differs in zip(mesh_shape, varies, strict=True) if differs)
+
+
+def _group(x: Instruction, num_devices: int) -> tuple[int, ...]:
+    """The first group; of a permutation, the first pair whose ends differ."""
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", x.attributes)
+    if pairs:
+        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return next(((int(a), int(b)) for a, b in found if a != b), ())
+    return replica_groups(x.attributes, num_devices)[0]
+
+
+def replica_groups(attributes: str, num_devices: int) -> list[tuple[int, ...]]:
+    """The groups of a collective, in any of the ways in which XLA writes them.
+
+    Lists, `{{0,1},{2,3}}`; iota, `[2,4]<=[4,2]T(1,0)`: the devices counted in the shape [4, 2],
+    transposed, and cut into 2 groups of 4; or a mesh and the axes of a group, `mesh['x'=4,'y'=2]
+    {'x'}`, which may name its devices as an iota. No groups at all mean one of all devices.
+
+    Raises:
+      ValueError: the groups are written in another way.
+    """
+    text = attributes[attributes.find("replica_groups=") :].removeprefix("replica_groups=")
+    if "replica_groups=" not in attributes or text.startswith("{}"):
+        return [tuple(range(num_devices))]
+    if text.startswith("{{"):
+        lists = re.findall(r"\{([\d, ]+)\}", text[: text.index("}}") + 1])
+        return [tuple(int(n) for n in one.split(",")) for one in lists]
+    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        return [tuple(row) for row in _iota(*iota.groups()).tolist()]
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, ?device_ids=\(?([^)]*\)?)\)?)? \{([^}]*)\}", text)
+    if mesh and ":(" not in mesh[3]:
+        return _mesh_groups(*mesh.groups(), num_devices)
+    raise ValueError(f"replica groups of an unknown form: {text[:120]}")
+
+
+def _iota(groups: str, shape: str, transposed: str | None) -> np.ndarray:
+    numbers = [int(n) for n in shape.split(",")]
+    devices = np.arange(math.prod(numbers)).reshape(numbers)
+    if transposed:
+        devices = devices.transpose([int(n) for n in transposed.split(",")])
+    return devices.reshape([int(n) for n in groups.split(",")])
+
+
+def _mesh_groups(shape, device_ids, grouped, num_devices) -> list[tuple[int, ...]]:
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", shape)}
+    devices = np.arange(num_devices)
+    if device_ids:
+        iota = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", device_ids)
+        devices = _iota(iota[1], iota[2] or iota[1], iota[3])
+    devices = devices.reshape(list(sizes.values()))
+    inner = re.findall(r"'([^']+)'", grouped)
+    order = [axis for axis in sizes if axis not in inner] + inner
+    devices = devices.transpose([list(sizes).index(axis) for axis in order])
+    width = math.prod(sizes[axis] for axis in inner)
+    return [tuple(row) for row in devices.reshape(-1, width).tolist()]

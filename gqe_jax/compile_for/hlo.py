@@ -1,0 +1,168 @@
+"""Reads a compiled program's text: its computations, and how often each of them runs.
+
+Costs are counted here, not by XLA's analysis, because that counts the body of a loop once and looks
+into no Pallas kernel.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\](\{[^{}]*\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool
+    """Layouts name memory spaces: none or 0 is the HBM, 1 the vector memory."""
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            bits = int(re.search(r"\d+", self.dtype)[0])
+        return math.prod(self.shape) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+    def text(self, attribute: str) -> str | None:
+        """The value of an attribute that has neither spaces nor braces."""
+        found = re.search(rf"\b{attribute}=([^\s,{{}}]+)", self.attributes)
+        return found[1] if found else None
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays if array.in_hbm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, each a table of its instructions in order."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    def runs(self) -> Iterator[tuple[Mapping[str, Instruction], int]]:
+        """Every computation that the program runs instruction by instruction, and how often.
+
+        Loops repeat their bodies; what is inside a fusion is the fusion's affair.
+        """
+        yield from self._runs(self.entry, 1)
+
+    def _runs(self, name: str, times: int):
+        computation = self.computations[name]
+        yield computation, times
+        for instruction in computation.values():
+            if instruction.opcode == "while":
+                trips = self.trip_count(instruction)
+                yield from self._runs(instruction.called("body"), times * trips)
+            elif instruction.opcode in ("call", "async-start"):
+                called = instruction.called("to_apply") or instruction.called("calls")
+                yield from self._runs(called, times)
+            elif instruction.opcode == "conditional":
+                # Which branch is taken is not known; they differ in the kernel that they hold.
+                for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.attributes)):
+                    yield from self._runs(branch, times)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a `while` runs: XLA's note where there is one, else its condition's constant.
+
+        `jax.lax.scan` counts up from 0 while less than a constant.
+
+        Raises:
+          ValueError: the condition compares with no constant.
+        """
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if noted:
+            return int(noted[1])
+        condition = self.computations[loop.called("condition")]
+        for instruction in condition.values():
+            if instruction.opcode == "constant" and instruction.arrays[0].dtype in ("s32", "u32"):
+                return int(re.match(r"\((\d+)\)", instruction.attributes)[1])
+        raise ValueError(
+            f"the loop {loop.name} has no trip count, and its condition no constant to take it from"
+        )
+
+
+def _branches(attributes: str) -> str:
+    found = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+    if found:
+        return found[1]
+    return " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", attributes))
+
+
+def parse(text: str) -> Program:
+    """The program of `jax.stages.Compiled.as_text()`.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif line == "}":
+            current = None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+    if entry is None:
+        raise ValueError("the text of the compiled program has no ENTRY computation")
+    return Program(computations, entry)
+
+
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    result, rest = rest[:end], rest[end:]
+    opcode = _OPCODE.match(rest)
+    start = opcode.end() - 1
+    end = _closing(rest, start)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:end]))
+    # A constant's value and a parameter's number stand where operands would.
+    attributes = rest[start:] if opcode[1] in ("constant", "parameter") else rest[end:]
+    return Instruction(name, opcode[1], tuple(_arrays(result)), operands, attributes, is_root)
+
+
+def _arrays(result: str) -> Iterator[Array]:
+    for dtype, shape, layout in _ARRAY.findall(result):
+        sizes = tuple(int(size.lstrip("<=")) for size in shape.split(",") if size)
+        space = re.search(r"S\((\d+)\)", layout)
+        yield Array(dtype, sizes, space is None or space[1] == "0")
+
+
+def _closing(text: str, start: int) -> int:
+    """The position after the bracket that closes the one at `start`."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if depth == 0:
+            return position + 1
+    raise ValueError(f"unbalanced brackets in {text[:80]!r}")

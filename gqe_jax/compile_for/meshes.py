@@ -1,0 +1,69 @@
+"""Tries shapes of the mesh and ranks them by the estimate."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+from gqe_jax.compile_for.chips import Topology
+from gqe_jax.compile_for.program import Compiled, DoesNotFitError, compile_step
+from gqe_jax.config import ConfigError, MeshConfig, RunConfig
+from gqe_jax.sharding import check_divides
+from gqe_jax.transformer import count_parameters
+
+# Parameters, gradients and two moments, in float32.
+_STATE_BYTES = 16
+
+
+def shapes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """The meshes that the configuration divides over and whose state fits, the least split first.
+
+    Copies need to exchange only gradients, shards of the state their weights as well, and tensor
+    parallelism activations; so the cheaper kinds come first.
+    """
+    devices = len(topology.devices)
+    num_parameters = count_parameters(config.model)
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for tensor in divisors:
+        for fsdp in (n for n in divisors if devices // tensor % n == 0):
+            data = devices // tensor // fsdp
+            if num_parameters * _STATE_BYTES > topology.chip.hbm_bytes * fsdp * tensor:
+                continue
+            if data % topology.num_slices:
+                continue
+            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+            try:
+                check_divides(config, mesh.resolve(devices))
+            except ConfigError:
+                continue
+            yield mesh
+
+
+def sweep(
+    config: RunConfig, topology: Topology, most: int
+) -> list[tuple[MeshConfig, Compiled | None]]:
+    """Compiles for up to `most` shapes; the fastest first, and None for those that do not fit."""
+    tried = []
+    for mesh, _ in zip(shapes(config, topology), range(most), strict=False):
+        print(f"compiling for {mesh.sizes}", file=sys.stderr, flush=True)
+        try:
+            compiled = compile_step(dataclasses.replace(config, mesh=mesh), topology)
+        except DoesNotFitError:
+            compiled = None
+        tried.append((mesh, compiled))
+    return sorted(tried, key=lambda one: one[1].estimate.seconds if one[1] else float("inf"))
+
+
+def table(tried: list[tuple[MeshConfig, Compiled | None]]) -> str:
+    """The ranking as text."""
+    lines = [f"{'mesh':<40}{'peak HBM':>12}{'step':>10}{'MFU':>8}  bound by"]
+    for mesh, compiled in tried:
+        name = ", ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())
+        if compiled is None:
+            lines.append(f"{name:<40}{'does not fit':>12}")
+            continue
+        guess = compiled.estimate
+        lines.append(
+            f"{name:<40}{compiled.memory.peak / 2**30:8.2f} GiB{guess.seconds:8.3f} s"
+            f"{guess.model_flop_utilisation:8.1%}  {guess.bound_by}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,216 @@
+"""Compiles a run's step for a topology that is not there, and weighs it."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gqe_jax.compile_for import hlo
+from gqe_jax.compile_for.chips import GIB, Topology
+from gqe_jax.compile_for.collectives import Collective, collectives
+from gqe_jax.compile_for.costs import Costs, count
+from gqe_jax.compile_for.estimate import Estimate, estimate, with_links
+from gqe_jax.config import RunConfig
+from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
+from gqe_jax.training import Batch, Steps, make_steps
+from gqe_jax.transformer import matmul_flops_per_token
+
+Step = Literal["train", "eval"]
+
+
+class DoesNotFitError(RuntimeError):
+    """The compiled step needs more HBM than the chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on one device.
+
+    Attributes:
+      temporaries: all that lives only within the step: activations, gradients, gathered weights.
+      peak: what the step holds at once: its state, its batch, temporaries and its code.
+      largest: arrays of the program, with their bytes, the largest first.
+    """
+
+    parameters: int
+    optimizer: int
+    temporaries: int
+    peak: int
+    largest: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of a step without running it; all of one device but the estimate's tokens."""
+
+    config: RunConfig
+    topology: Topology
+    mesh: dict[str, int]
+    step: Step
+    num_parameters: int
+    memory: Memory
+    costs: Costs
+    collectives: tuple[Collective, ...]
+    estimate: Estimate
+    compile_seconds: float
+
+
+def compile_step(config: RunConfig, topology: Topology, step: Step = "train") -> Compiled:
+    """Compiles the step that `train` (or `evaluate`) runs, for devices that need not be there.
+
+    Raises:
+      ConfigError: the configuration does not fit the number of devices.
+      DoesNotFitError: the compiler finds that it takes more memory than there is; the message names
+        the largest arrays, and what to change.
+    """
+    mesh = make_mesh(config.mesh, list(topology.devices))
+    check_divides(config, dict(mesh.shape))
+    steps = make_steps(config, mesh)
+    state, batch = _abstract(config, mesh, steps)
+    function, arguments = {
+        "train": (steps.train_step, (state, batch)),
+        "eval": (steps.eval_step, (state.params, batch)),
+    }[step]
+    jitted = function.__wrapped__  # without its wrapper, which sets the mesh
+    begun = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = jitted.trace(*arguments)
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            largest = _shards(arguments) + _largest_of_jaxpr(traced.jaxpr.jaxpr)
+            refusal = _refusal(config, topology, dict(mesh.shape), str(error), largest)
+            raise DoesNotFitError(refusal) from error
+    seconds = time.perf_counter() - begun
+    program = hlo.parse(compiled.as_text())
+    stats = compiled.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    memory = Memory(
+        parameters=sum(size for _, size in _shards(state.params)),
+        optimizer=sum(size for _, size in _shards(state.opt_state)) if step == "train" else 0,
+        temporaries=stats.temp_size_in_bytes,
+        peak=peak,
+        largest=tuple(_largest_of_program(program)),
+    )
+    costs = count(program)
+    crossing = tuple(collectives(program, mesh.shape, topology.num_slices))
+    tokens = config.batch_size * config.sequence_length
+    passes = 3 if step == "train" else 1
+    needed = passes * matmul_flops_per_token(config.model, config.sequence_length)
+    return Compiled(
+        config=config,
+        topology=topology,
+        mesh=dict(mesh.shape),
+        step=step,
+        num_parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+        memory=memory,
+        costs=costs,
+        collectives=crossing,
+        estimate=estimate(
+            costs,
+            with_links(crossing, topology, mesh),
+            topology.chip,
+            devices=mesh.size,
+            tokens=tokens,
+            model_flops=needed * tokens,
+        ),
+        compile_seconds=seconds,
+    )
+
+
+def _abstract(config: RunConfig, mesh: Mesh, steps: Steps) -> tuple[Any, Batch]:
+    """State and batch as the step takes them, without values."""
+
+    def like(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    rows = config.batch_size, config.sequence_length
+    tokens, weights = (
+        jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh))
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    segments = tokens if config.data.document_masking else None
+    state = jax.tree.map(like, steps.abstract_state, steps.state_sharding)
+    return state, Batch(tokens, tokens, weights, segments)
+
+
+def _shards(tree: Any) -> list[tuple[str, int]]:
+    """Each array's name and the bytes of a device's part of it."""
+    named = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    )[0]
+    sizes = []
+    for path, x in named:
+        shape = x.sharding.shard_shape(x.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        sizes.append((f"{name} {x.dtype}{list(shape)}", math.prod(shape) * x.dtype.itemsize))
+    return sizes
+
+
+def _largest_of_program(program: hlo.Program, most: int = 6) -> Iterator[tuple[str, int]]:
+    sizes = {
+        f"{array.dtype}{list(array.shape)}": array.bytes
+        for computation, _ in program.runs()
+        for x in computation.values()
+        for array in x.arrays
+        if array.in_hbm
+    }
+    yield from sorted(sizes.items(), key=lambda item: -item[1])[:most]
+
+
+def _largest_of_jaxpr(jaxpr: Any) -> list[tuple[str, int]]:
+    sizes = {}
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            aval = variable.aval
+            if hasattr(aval, "shape") and hasattr(aval.dtype, "itemsize"):
+                name = f"{equation.primitive.name} {aval.dtype}{list(aval.shape)}, over all devices"
+                sizes[name] = math.prod(aval.shape) * aval.dtype.itemsize
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            sizes |= dict(_largest_of_jaxpr(inner))
+    return list(sizes.items())
+
+
+def _refusal(config, topology, mesh, error: str, largest) -> str:
+    devices = math.prod(mesh.values())
+    sized = re.search(
+        r"required for (.*?) \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error
+    )
+    lack = f"{sized[1]} take {sized[2]} of {sized[3]}" if sized else error.splitlines()[0]
+
+    def part(item):
+        name, size = item
+        return size / devices if name.endswith("over all devices") else size
+
+    lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays:"]
+    for name, size in sorted(largest, key=part, reverse=True)[:6]:
+        lines.append(f"  {size / GIB:8.2f} GiB  {name}")
+    return "\n".join([*lines, f"To make it fit: {'; '.join(remedies(config, mesh))}"])
+
+
+def remedies(config: RunConfig, mesh: dict[str, int]) -> list[str]:
+    """What would lower the memory of a step, in the order of what it costs."""
+    copies = mesh["data"] * mesh["fsdp"]
+    rows = config.batch_size // config.accumulation_steps // copies
+    found = []
+    if rows > 1:
+        found.append(
+            f"--accumulation-steps {config.accumulation_steps * rows} (a sequence on a chip at a "
+            f"time, where now there are {rows})"
+        )
+    if config.model.remat != "keep_nothing":
+        found.append(f"--model.remat keep_nothing (now {config.model.remat})")
+    if mesh["data"] > 1:
+        found.append(f"a larger --mesh.fsdp (now {mesh['fsdp']}, with {mesh['data']} copies)")
+    if mesh["tensor"] < config.model.attention.num_kv_heads:
+        found.append(f"a larger --mesh.tensor (now {mesh['tensor']})")
+    return [*found, f"a shorter --sequence-length (now {config.sequence_length})", "more chips"]

@@ -1,0 +1,39 @@
+"""What the kernels cost, for XLA's scheduler and cost analysis, which cannot look into them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import pallas as pl
+
+from gqe_kernels.pallas_tpu.layout import Layout
+
+# Matrix products of [query, key] with a head's width: QKᵀ and PV; the backward pass computes QKᵀ
+# again, and dP, dV, dQ and dK.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+
+
+def visible_pairs(q_len: int, kv_len: int, causal: bool, static_offset: int | None) -> int:
+    """Query token × key token that one head must look at; at most, where the offset is traced."""
+    if not causal or static_offset is None:
+        return q_len * kv_len
+    seen = np.arange(q_len, dtype=np.int64) + static_offset + 1
+    return int(np.clip(seen, 0, kv_len).sum())
+
+
+def estimate(
+    products: int, pairs: int, layout: Layout, batch: int, *arrays: Any, launches: int = 1
+) -> pl.CostEstimate:
+    """Of one of `launches` calls: its matrix products, and each byte of `arrays` moved once.
+
+    Args:
+      products: matrix products for each pair of tokens and head.
+      pairs: `visible_pairs`.
+      arrays: operands and results, as pytrees of whatever has shape and dtype.
+    """
+    seen = batch * layout.heads * pairs
+    return pl.CostEstimate(
+        flops=2 * products * seen * layout.head_dim // launches,
+        transcendentals=seen // launches if products else 0,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)) // launches,
+    )
