@@ -20,6 +20,8 @@ class CompileOptions:
     compile_for: str | None = None
     """A TPU slice, such as v5p:4x4x8: compile the step for it, say whether it fits and what it
     costs, and run nothing."""
+    compile_step: Step = "train"
+    """Which step: that of training, or that which scores held-out text."""
     num_slices: int = 1
     """Slices of that kind, joined by the data-center network; the data axis spans them."""
     sweep_meshes: int = 0
@@ -28,7 +30,7 @@ class CompileOptions:
     """A file for the figures."""
 
 
-def compile_for(config: RunConfig, options: CompileOptions, step: Step = "train") -> str:
+def compile_for(config: RunConfig, options: CompileOptions) -> str:
     """Compiles `config` as the options say.
 
     Returns:
@@ -40,12 +42,12 @@ def compile_for(config: RunConfig, options: CompileOptions, step: Step = "train"
     """
     topology = get_topology(options.compile_for, options.num_slices)
     if options.sweep_meshes:
-        tried = meshes.sweep(config, topology, options.sweep_meshes)
+        tried = meshes.sweep(config, topology, options.compile_step, options.sweep_meshes)
         if not any(compiled for _, compiled in tried):
             raise DoesNotFitError(f"no mesh fits {topology.name}; tried:\n{meshes.table(tried)}")
         values, text = [as_json(one) for _, one in tried if one], meshes.table(tried)
     else:
-        compiled = compile_step(config, topology, step)
+        compiled = compile_step(config, topology, options.compile_step)
         values, text = as_json(compiled), as_text(compiled)
     if options.json is not None:
         options.json.write_text(json.dumps(values, indent=1) + "\n")

@@ -87,7 +87,7 @@ class Program:
                 called = instruction.called("to_apply") or instruction.called("calls")
                 yield from self._runs(called, times)
             elif instruction.opcode == "conditional":
-                # Which branch is taken is not known; they differ in the kernel that they hold.
+                # Which branch is taken is not known: each counts, at most too much.
                 for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.attributes)):
                     yield from self._runs(branch, times)
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from gqe_jax.compile_for.chips import Topology
-from gqe_jax.compile_for.program import Compiled, DoesNotFitError, compile_step
+from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.sharding import check_divides
 from gqe_jax.transformer import count_parameters
@@ -39,14 +39,14 @@ def shapes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
 
 
 def sweep(
-    config: RunConfig, topology: Topology, most: int
+    config: RunConfig, topology: Topology, step: Step, most: int
 ) -> list[tuple[MeshConfig, Compiled | None]]:
     """Compiles for up to `most` shapes; the fastest first, and None for those that do not fit."""
     tried = []
     for mesh, _ in zip(shapes(config, topology), range(most), strict=False):
         print(f"compiling for {mesh.sizes}", file=sys.stderr, flush=True)
         try:
-            compiled = compile_step(dataclasses.replace(config, mesh=mesh), topology)
+            compiled = compile_step(dataclasses.replace(config, mesh=mesh), topology, step)
         except DoesNotFitError:
             compiled = None
         tried.append((mesh, compiled))

@@ -72,10 +72,10 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     mesh = make_mesh(config.mesh, list(topology.devices))
     check_divides(config, dict(mesh.shape))
     steps = make_steps(config, mesh)
-    state, batch = _abstract(config, mesh, steps)
+    abstract, batch = _abstract(config, mesh, steps)
     function, arguments = {
-        "train": (steps.train_step, (state, batch)),
-        "eval": (steps.eval_step, (state.params, batch)),
+        "train": (steps.train_step, (abstract, batch)),
+        "eval": (steps.eval_step, (abstract.params, batch)),
     }[step]
     jitted = function.__wrapped__  # without its wrapper, which sets the mesh
     begun = time.perf_counter()
@@ -86,8 +86,9 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            largest = _shards(arguments) + _largest_of_jaxpr(traced.jaxpr.jaxpr)
-            refusal = _refusal(config, topology, dict(mesh.shape), str(error), largest)
+            within = _arrays_of_jaxpr(traced.jaxpr.jaxpr).items()
+            shape, state = dict(mesh.shape), _shards(arguments)
+            refusal = _refusal(config, topology, shape, str(error), state, within)
             raise DoesNotFitError(refusal) from error
     seconds = time.perf_counter() - begun
     program = hlo.parse(compiled.as_text())
@@ -95,8 +96,8 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     memory = Memory(
-        parameters=sum(size for _, size in _shards(state.params)),
-        optimizer=sum(size for _, size in _shards(state.opt_state)) if step == "train" else 0,
+        parameters=sum(size for _, size in _shards(abstract.params)),
+        optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
         temporaries=stats.temp_size_in_bytes,
         peak=peak,
         largest=tuple(_largest_of_program(program)),
@@ -111,7 +112,7 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         topology=topology,
         mesh=dict(mesh.shape),
         step=step,
-        num_parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+        num_parameters=sum(x.size for x in jax.tree.leaves(abstract.params)),
         memory=memory,
         costs=costs,
         collectives=crossing,
@@ -167,33 +168,32 @@ def _largest_of_program(program: hlo.Program, most: int = 6) -> Iterator[tuple[s
     yield from sorted(sizes.items(), key=lambda item: -item[1])[:most]
 
 
-def _largest_of_jaxpr(jaxpr: Any) -> list[tuple[str, int]]:
+def _arrays_of_jaxpr(jaxpr: Any) -> dict[str, int]:
+    """Every array that a program computes, before it is split over devices, and its bytes."""
     sizes = {}
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             aval = variable.aval
             if hasattr(aval, "shape") and hasattr(aval.dtype, "itemsize"):
-                name = f"{equation.primitive.name} {aval.dtype}{list(aval.shape)}, over all devices"
+                name = f"{equation.primitive.name} {aval.dtype}{list(aval.shape)}"
                 sizes[name] = math.prod(aval.shape) * aval.dtype.itemsize
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            sizes |= dict(_largest_of_jaxpr(inner))
-    return list(sizes.items())
+        for value in jax.tree.leaves(tuple(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)  # closed, or open
+            if hasattr(inner, "eqns"):
+                sizes |= _arrays_of_jaxpr(inner)
+    return sizes
 
 
-def _refusal(config, topology, mesh, error: str, largest) -> str:
+def _refusal(config, topology, mesh, error: str, state, within) -> str:
     devices = math.prod(mesh.values())
-    sized = re.search(
-        r"required for (.*?) \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error
-    )
-    lack = f"{sized[1]} take {sized[2]} of {sized[3]}" if sized else error.splitlines()[0]
-
-    def part(item):
-        name, size = item
-        return size / devices if name.endswith("over all devices") else size
-
-    lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays:"]
-    for name, size in sorted(largest, key=part, reverse=True)[:6]:
-        lines.append(f"  {size / GIB:8.2f} GiB  {name}")
+    sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error)
+    lack = f"it takes {sized[1]} of {sized[2]}" if sized else error.splitlines()[0]
+    lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays are"]
+    shares = [(f"{name}, if split over all chips", size / devices) for name, size in within]
+    for title, arrays in (("what the step is given", state), ("what it computes", shares)):
+        lines.append(f"  of {title}:")
+        for name, size in sorted(arrays, key=lambda item: -item[1])[:4]:
+            lines.append(f"    {size / GIB:8.2f} GiB  {name}")
     return "\n".join([*lines, f"To make it fit: {'; '.join(remedies(config, mesh))}"])
 
 

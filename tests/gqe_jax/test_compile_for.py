@@ -303,7 +303,9 @@ def test_a_step_that_does_not_fit_says_what_to_change():
     with pytest.raises(RuntimeError, match="does not fit v5e:2x2") as raised:
         compile_step(huge, get_topology("v5e:2x2"))
     message = str(raised.value)
-    assert "GiB  params.embedding.embedding float32[33554432, 128]" in message
+    assert "16.00 GiB  " in message
+    assert "params.embedding.embedding float32[33554432, 128]" in message
+    assert "float32[8, 128, 33554432], if split over all chips" in message
     assert "a larger --mesh.fsdp (now 1, with 4 copies)" in message
     assert "--model.remat keep_nothing" in message
 
