@@ -21,7 +21,7 @@ def main() -> None:
         description=f"Train a run, or go on with it. Configurations: {', '.join(CONFIGS)}; tiny "
         "if none is named. Defaults below are those of the one named.",
     )
-    run_command(lambda: train(config))
+    run_command(lambda: train(config), all_processes=True)
 
 
 if __name__ == "__main__":
