@@ -69,8 +69,21 @@ def small_config(corpus: pathlib.Path, run_dir: pathlib.Path, **changes) -> RunC
     return dataclasses.replace(config, **changes)
 
 
-def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
-    """The same run by `train.py`, on one device, in a process of its own."""
+def start_training(
+    config: RunConfig,
+    *,
+    launcher: tuple[str, ...] = ("train.py",),
+    environment: dict[str, str] | None = None,
+    **kwargs,
+) -> subprocess.Popen:
+    """The same run by `train.py`, on one device, in a process of its own.
+
+    Args:
+      config: the run.
+      launcher: what Python is to start in place of `train.py`, with the same arguments.
+      environment: variables to set.
+      kwargs: of Popen.
+    """
     attention, model = config.model.attention, config.model
     flags = {
         "run-dir": config.run_dir,
@@ -87,13 +100,16 @@ def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
         "model.attention.num-query-experts": attention.num_query_experts,
         "model.attention.num-kv-heads": attention.num_kv_heads,
         "data.corpus": config.data.corpus,
+        "mesh.data": config.mesh.data,
+        "mesh.fsdp": config.mesh.fsdp,
+        "mesh.tensor": config.mesh.tensor,
     }
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
-        [sys.executable, "train.py", "tiny", *arguments],
+        [sys.executable, *launcher, "tiny", *arguments],
         cwd=REPOSITORY,
-        env=environment,
+        env=inherited | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
