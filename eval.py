@@ -2,11 +2,10 @@
 
 import sys
 
-import jax
-
 from gqe_jax.commands import parse, run_command
 from gqe_jax.evaluation.run import EvalConfig, defaults_for, evaluate_run
 from gqe_jax.evaluation.tasks import TasksConfig, evaluate_tasks
+from gqe_jax.processes import is_first
 
 
 def main() -> None:
@@ -26,8 +25,8 @@ def score_tasks(arguments: list[str]) -> None:
         prog="eval.py",
         description="Score a run, or compare two, on tasks of the lm-evaluation-harness.",
     )
-    table = run_command(lambda: evaluate_tasks(config))
-    if jax.process_index() == 0:
+    table = run_command(lambda: evaluate_tasks(config), all_processes=True)
+    if is_first():
         print(table)
 
 
@@ -35,7 +34,7 @@ def score_held_out(arguments: list[str]) -> None:
     """A run's directory, then fields; the run gives their defaults."""
     default = EvalConfig
     if arguments and not arguments[0].startswith("-"):
-        default = run_command(lambda: defaults_for(arguments[0]))
+        default = run_command(lambda: defaults_for(arguments[0]), all_processes=True)
     config = parse(
         default,
         arguments,
@@ -44,7 +43,9 @@ def score_held_out(arguments: list[str]) -> None:
         "comes first; the defaults of the fields are then that run's. With --tasks NAME,... it "
         "is scored on tasks instead: see --tasks '' --help.",
     )
-    run_command(lambda: print(evaluate_run(config)))
+    result = run_command(lambda: evaluate_run(config), all_processes=True)
+    if is_first():
+        print(result)
 
 
 if __name__ == "__main__":

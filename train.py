@@ -44,7 +44,7 @@ def main() -> None:
     if command.proof.compile_for is not None:
         print(run_command(lambda: compile_for(command.run, command.proof)))
     else:
-        run_command(lambda: train(command.run))
+        run_command(lambda: train(command.run), all_processes=True)
 
 
 if __name__ == "__main__":

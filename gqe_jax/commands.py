@@ -1,16 +1,17 @@
 """What the command lines share: flags from dataclasses, and errors without a traceback."""
 
-import glob
 import importlib.metadata
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tyro
 
+from gqe_jax import processes
 from gqe_jax.checkpoint import CheckpointError
 from gqe_jax.compile_for import DoesNotFitError
 from gqe_jax.config import ConfigError
@@ -56,19 +57,45 @@ def parse[Config](
         sys.exit(2)
 
 
-def run_command(function: Callable[[], Any]) -> Any:
-    """Calls `function`; an error of ours ends the program with its message and status 1."""
+def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:
+    """Calls `function`; an error of ours ends the program with its message and status 1.
+
+    Args:
+      function: what the command does.
+      all_processes: all processes of a job run it together (`processes.join`). Any error then ends
+        this process at once: the others miss it, and end too.
+    """
     _pass_over_libtpu_without_tpu()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
     try:
+        if all_processes:
+            processes.join()
         return function()
     except _REFUSALS as error:
-        sys.exit(f"error: {error}")
+        if not jax.distributed.is_initialized():
+            sys.exit(f"error: {error}")
+        _end_now(f"error: {error}")
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        hint = ""
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            hint = (
+                "; if another process died before, its output has the cause. The same command on "
+                "all goes on from the last checkpoint"
+            )
+        _end_now(f"error: {type(error).__name__}{hint}")
+
+
+def _end_now(message: str) -> NoReturn:
+    """Ends a process of a job without waiting for the others, which may be dead or wait for us."""
+    print(f"{processes.describe()}{message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _pass_over_libtpu_without_tpu() -> None:
     """libtpu, with which the tests compile, complains at length where there is no TPU."""
-    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     other_plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if "JAX_PLATFORMS" not in os.environ and not tpus and not other_plugins:
+    if "JAX_PLATFORMS" not in os.environ and not processes.has_tpu() and not other_plugins:
         jax.config.update("jax_platforms", "cpu")

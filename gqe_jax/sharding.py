@@ -1,11 +1,11 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -139,26 +139,24 @@ def on_mesh[Result](mesh: Mesh, function: Callable[..., Result]) -> Callable[...
     return call
 
 
-def local_rows(sharding: NamedSharding, batch_size: int) -> range:
-    """The consecutive rows of the global batch that this process's devices hold.
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of the global batch that this process's devices hold, in ascending order.
 
-    Raises:
-      ConfigError: they are not consecutive; this mesh cannot be fed.
+    They are seldom consecutive: a mesh follows the chips' network, not the order of their hosts.
     """
     indices = sharding.addressable_devices_indices_map((batch_size, 1))
-    held = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
-    for (_, stop), (start, _) in itertools.pairwise(held):
-        if start != stop:
-            raise ConfigError(
-                f"mesh is {dict(sharding.mesh.shape)}; this process's devices hold the rows {held} "
-                "of a batch, which are not consecutive: order the mesh so that they are"
-            )
-    return range(held[0][0], held[-1][1])
+    return np.unique([np.arange(batch_size)[index[0]] for index in indices.values()])
 
 
 def global_batch(sharding: NamedSharding, batch_size: int, batch: Any) -> Any:
     """Arrays over all devices, [batch_size, ...], from this process's rows of them."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])),
-        batch,
-    )
+    rows = local_rows(sharding, batch_size)
+
+    def whole(x):
+        def piece(index):
+            held = np.searchsorted(rows, np.arange(batch_size)[index[0]])
+            return x[held][:, *index[1:]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(whole, batch)

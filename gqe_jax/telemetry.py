@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
@@ -52,6 +53,13 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+class Silent:
+    """Has Telemetry's methods, which do nothing: for all processes of a job but the first."""
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 class Telemetry:

@@ -1,6 +1,7 @@
 """The training loop: restore, step, log, evaluate, checkpoint, stop cleanly."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -9,19 +10,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
 from jax.sharding import Mesh
 
-from gqe_jax import report
+from gqe_jax import processes, report
 from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
-from gqe_jax.telemetry import Telemetry, read_metrics
+from gqe_jax.telemetry import Silent, Telemetry, read_metrics
 from gqe_jax.training import Steps, Teacher, TrainState, make_steps
 from gqe_jax.transformer import matmul_flops_per_token
 
@@ -85,6 +87,27 @@ def read_config(run_dir: pathlib.Path) -> RunConfig:
         raise ConfigError(f"{path} is not the configuration of a run ({error})") from error
 
 
+def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
+    """All processes must run the same configuration on the same tokens.
+
+    Raises:
+      ConfigError: this one's are not those of the first.
+    """
+    ours = {"config": to_dict(config), "corpus": corpus.fingerprint}
+    theirs = processes.from_first(ours)
+    for name, value in theirs["config"].items():
+        if ours["config"][name] != value:
+            raise ConfigError(
+                f"{name} is {ours['config'][name]!r}, process 0 has {value!r}; start all processes "
+                "with the same command"
+            )
+    if ours["corpus"] != theirs["corpus"]:
+        raise ConfigError(
+            f"data.corpus {config.data.corpus!r} has the fingerprint {ours['corpus']} here, "
+            f"{theirs['corpus']} on process 0; give all hosts the same files"
+        )
+
+
 def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
     """Trains a run to its last step, or until a signal; goes on where its directory left off.
 
@@ -111,12 +134,13 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
     check_divides(config, dict(mesh.shape))
     corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)
     corpus.check(vocab_size=config.model.vocab_size, sequence_length=config.sequence_length)
+    _check_agreement(config, corpus)
 
     with (
         Interrupt() as interrupt,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        start = checkpoints.latest()
+        start = processes.from_first(checkpoints.latest())
         if start is not None:
             checkpoints.check_fits(start, config, corpus.fingerprint)
         steps = make_steps(config, mesh, teacher=_load_teacher(config, mesh))
@@ -128,20 +152,12 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
             )
         else:
             state = checkpoints.restore(start, steps.abstract_state, steps.state_sharding)
-        write_config(config)
-        flops = 3 * matmul_flops_per_token(config.model, config.sequence_length)
-        with Telemetry(
-            config.run_dir,
-            start=start,
-            steps=config.steps,
-            flops_per_token=flops,
-            devices=list(mesh.devices.flat),
-            stream=stream,
-        ) as telemetry:
+        with _telemetry(config, mesh, start, stream) as telemetry:
             telemetry.say(_describe(config, corpus, steps, start))
-            loop = _Loop(config, corpus, steps, checkpoints, telemetry, interrupt)
+            stop = processes.Vote(mesh, lambda: bool(interrupt))
+            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop)
             state = loop.run(state, start)
-        if int(state.step) == config.steps:
+        if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
     return state
 
@@ -160,6 +176,23 @@ def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
         steps = make_steps(run, mesh)
         params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
     return Teacher(steps.graphdef, params)
+
+
+def _telemetry(
+    config: RunConfig, mesh: Mesh, start: int, stream: TextIO | None
+) -> contextlib.AbstractContextManager[Telemetry | Silent]:
+    """What writes the run's metrics and its configuration, on the first process only."""
+    if not processes.is_first():
+        return contextlib.nullcontext(Silent())
+    write_config(config)
+    return Telemetry(
+        config.run_dir,
+        start=start,
+        steps=config.steps,
+        flops_per_token=3 * matmul_flops_per_token(config.model, config.sequence_length),
+        devices=list(mesh.devices.flat),
+        stream=stream,
+    )
 
 
 def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
@@ -184,18 +217,19 @@ class _Loop:
         corpus: Corpus,
         steps: Steps,
         checkpoints: Checkpoints,
-        telemetry: Telemetry,
-        interrupt: Interrupt,
+        telemetry: Telemetry | Silent,
+        stop: Callable[[], bool],
     ):
         self.config, self.corpus, self.steps = config, corpus, steps
-        self.checkpoints, self.telemetry, self.interrupt = checkpoints, telemetry, interrupt
+        self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
         self.unsettled: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        self.eval_loss: dict[int, float] = {
-            line["step"]: line["eval_loss"]
+        scored = [
+            (line["step"], line["eval_loss"])
             for line in read_metrics(config.run_dir)
             if "eval_loss" in line
-        }
+        ]
+        self.eval_loss: dict[int, float] = dict(processes.from_first(scored))
 
     def run(self, state: TrainState, step: int) -> TrainState:
         config = self.config
@@ -215,9 +249,10 @@ class _Loop:
             if last or (step and step % config.eval_every == 0):
                 best = self.evaluate(state, step)
             due = step and step % config.checkpoint_every == 0
-            if last or best or due or self.interrupt:
+            stop = self.stop()
+            if last or best or due or stop:
                 self.save(state, step)
-            if last or self.interrupt:
+            if last or stop:
                 break
             batch = global_batch(self.batch_sharding, config.batch_size, next(batches))
             state, metrics = self.steps.train_step(state, batch)
@@ -280,7 +315,7 @@ class _Loop:
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
                 limit=self.config.eval_batches,
-                stop=lambda: bool(self.interrupt),
+                stop=self.stop,
             )
             if result is None:
                 return False

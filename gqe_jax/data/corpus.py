@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if directory.exists():
         raise DataError(f"output {directory} exists; name a new directory, or delete it")
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:12]}")
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -5,7 +5,7 @@ them. Row r of step s is number s · batch_size + r of an endless sequence of ep
 permutation of the windows. A process reads only its own rows, and no state is needed to resume.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -22,7 +22,7 @@ def num_windows(split: Split, sequence_length: int) -> int:
 
 
 def window_indices(
-    step: int, rows: slice | range, *, batch_size: int, windows: int, seed: int
+    step: int, rows: slice | Sequence[int], *, batch_size: int, windows: int, seed: int
 ) -> np.ndarray:
     """The windows that rows `rows` of step `step` train on.
 
@@ -33,8 +33,9 @@ def window_indices(
       windows: how many the split has.
       seed: of the order.
     """
-    rows = rows if isinstance(rows, range) else range(*rows.indices(batch_size))
-    return np.array([_window(step * batch_size + row, windows, seed) for row in rows], np.int64)
+    chosen = range(batch_size)[rows] if isinstance(rows, slice) else rows
+    numbers = [step * batch_size + int(row) for row in chosen]
+    return np.array([_window(number, windows, seed) for number in numbers], np.int64)
 
 
 def _window(number: int, windows: int, seed: int) -> int:
@@ -70,7 +71,7 @@ def training_batches(
     *,
     start: int,
     stop: int,
-    rows: range,
+    rows: Sequence[int],
     batch_size: int,
     sequence_length: int,
     seed: int,
@@ -89,7 +90,7 @@ def evaluation_batches(
     split: Split,
     config: DataConfig,
     *,
-    rows: range,
+    rows: Sequence[int],
     batch_size: int,
     sequence_length: int,
     limit: int | None = None,

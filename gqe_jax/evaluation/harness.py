@@ -176,7 +176,7 @@ class HarnessModel(TemplateLM):
     def _share(self, arrays):
         sharding = batch_sharding(self._mesh)
         rows = local_rows(sharding, self._batch_size)
-        mine = [array[rows.start : rows.stop] for array in arrays]
+        mine = [array[rows] for array in arrays]
         return global_batch(sharding, self._batch_size, mine)
 
 

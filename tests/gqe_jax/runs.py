@@ -77,8 +77,21 @@ def save_untrained(config: RunConfig) -> pathlib.Path:
     return pathlib.Path(config.run_dir)
 
 
-def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
-    """The same run by `train.py`, on one device, in a process of its own."""
+def start_training(
+    config: RunConfig,
+    *,
+    launcher: tuple[str, ...] = ("train.py",),
+    environment: dict[str, str] | None = None,
+    **kwargs,
+) -> subprocess.Popen:
+    """The same run by `train.py`, on one device, in a process of its own.
+
+    Args:
+      config: the run.
+      launcher: what Python is to start in place of `train.py`, with the same arguments.
+      environment: variables to set.
+      kwargs: of Popen.
+    """
     attention, model = config.model.attention, config.model
     flags = {
         "run-dir": config.run_dir,
@@ -95,14 +108,17 @@ def start_training(config: RunConfig, **kwargs) -> subprocess.Popen:
         "model.attention.num-query-experts": attention.num_query_experts,
         "model.attention.num-kv-heads": attention.num_kv_heads,
         "data.corpus": config.data.corpus,
+        "mesh.data": config.mesh.data,
+        "mesh.fsdp": config.mesh.fsdp,
+        "mesh.tensor": config.mesh.tensor,
     }
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     # One device, and programs compiled fast, as tests/conftest.py has it.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    inherited = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
-        [sys.executable, "train.py", "tiny", *arguments],
+        [sys.executable, *launcher, "tiny", *arguments],
         cwd=REPOSITORY,
-        env=environment,
+        env=inherited | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,7 @@
 """The table of axes, applied to meshes of simulated devices."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -60,11 +61,24 @@ def test_what_does_not_divide_is_named(mesh, changes, message):
 
 def test_a_batch_is_fed_by_rows():
     sharding = batch_sharding(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    assert local_rows(sharding, 16) == range(16)
+    np.testing.assert_array_equal(local_rows(sharding, 16), np.arange(16))
     rows = np.arange(32).reshape(16, 2)
     batch = global_batch(sharding, 16, {"rows": rows})["rows"]
     np.testing.assert_array_equal(batch, rows)
     assert batch.addressable_shards[0].data.shape == (4, 2)
+
+
+def test_a_host_of_a_pod_feeds_rows_that_are_not_consecutive():
+    """On a 4 x 4 network whose hosts have 2 x 2 chips each."""
+    devices = [SimpleNamespace(host=2 * (i // 8) + i % 4 // 2) for i in range(16)]
+    sharding = SimpleNamespace(
+        addressable_devices_indices_map=lambda shape: {
+            i: (slice(2 * i, 2 * i + 2), slice(None))
+            for i, device in enumerate(devices)
+            if device.host == 1
+        }
+    )
+    np.testing.assert_array_equal(local_rows(sharding, 32), [4, 5, 6, 7, 12, 13, 14, 15])
 
 
 def test_metadata_of_axes_survives_the_optimizer():
