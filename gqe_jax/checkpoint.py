@@ -66,8 +66,11 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        # Closing waits for what is being written, by every process: after an error, for ever if it
+        # is that another one died.
+        if error is None or jax.process_count() == 1:
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The last step that was saved."""

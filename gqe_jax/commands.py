@@ -79,13 +79,10 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        hint = ""
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            hint = (
-                "; if another process died before, its output has the cause. The same command on "
-                "all goes on from the last checkpoint"
-            )
-        _end_now(f"error: {type(error).__name__}{hint}")
+        _end_now(
+            f"error: {type(error).__name__}; if another process died before, its output has the "
+            "cause. The same command on all goes on from the last checkpoint"
+        )
 
 
 def _end_now(message: str) -> NoReturn:

@@ -132,7 +132,7 @@ COMPILED = [
     ("v5e", Case(batch=2, q_len=1000, head_dim=64, expert=3, k=2, segments="packed"), "bfloat16"),
     ("v5p", Case(batch=1, q_len=300, kv_len=450, head_dim=128, q_offset=(150,)), "float32"),
     ("v6e", Case(batch=1, q_len=1024, head_dim=128), "bfloat16"),
-    ("v6e", Case(batch=1, q_len=1, kv_len=24, q_offset=11, head_dim=64, group=3), "bfloat16"),
+    ("v6e", Case(batch=1, q_len=2, kv_len=24, q_offset=11, head_dim=64, group=3), "bfloat16"),
     ("7x", Case(batch=1, q_len=1024, head_dim=128, weighted=False), "bfloat16"),
     ("7x", Case(batch=1, q_len=600, head_dim=192, group=1, expert=16, shared=None), "bfloat16"),
 ]
