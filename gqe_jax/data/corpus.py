@@ -15,7 +15,6 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -231,11 +230,3 @@ class Corpus:
                     f"{self.directory} has only {len(split)} tokens: a window takes one more than "
                     "sequence_length"
                 )
-
-    def describe(self) -> dict[str, Any]:
-        """A line's worth of facts for the log."""
-        return {
-            "corpus": str(self.directory),
-            "train_tokens": len(self.train),
-            "validation_tokens": len(self.validation),
-        }

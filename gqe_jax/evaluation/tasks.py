@@ -97,7 +97,9 @@ def evaluate_tasks(config: TasksConfig) -> str:
         report = _without_samples(results[0])
     output = config.output or pathlib.Path(config.run_dirs[0]) / "evaluation.json"
     if jax.process_index() == 0:
-        output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        partial = output.with_name(f"{output.name}.partial")
+        partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        partial.replace(output)
     pages = [
         f"{run_dir}\n{_table(result)}"
         for run_dir, result in zip(config.run_dirs, results, strict=True)
