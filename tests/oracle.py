@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def visible(q_len, kv_len, causal, q_segment, kv_segment, q_offset):
+def query_positions(batch, q_len, q_offset):
+    """[batch, q_len], among the keys: each piece of the queries counts on from its offset."""
+    offsets = np.asarray(q_offset)
+    if offsets.ndim < 2:
+        offsets = np.broadcast_to(offsets, (batch,))[:, None]
+    in_piece = np.arange(q_len // offsets.shape[1])
+    return (offsets[:, :, None] + in_piece).reshape(batch, q_len)
+
+
+def visible(position, kv_len, causal, q_segment, kv_segment):
     """Of one row of the batch: mask [q_len, kv_len]."""
-    t, s = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
-    mask = np.ones((q_len, kv_len), bool)
+    mask = np.ones((len(position), kv_len), bool)
     if causal:
-        mask &= s <= t + q_offset
+        mask &= np.arange(kv_len) <= position[:, None]
     if q_segment is not None:
         mask &= (q_segment[:, None] == kv_segment[None, :]) & (q_segment[:, None] != 0)
     return mask
@@ -53,13 +61,13 @@ def routed_attention(
     batch, q_len, groups, _, head_dim = query.shape
     kv_len, k = key.shape[1], expert_index.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
-    offsets = np.broadcast_to(q_offset, (batch,))
+    positions = query_positions(batch, q_len, q_offset)
     rows = []
     for b in range(batch):
         segments = (None, None)
         if q_segment_ids is not None:
             segments = (q_segment_ids[b], kv_segment_ids[b])
-        mask = visible(q_len, kv_len, causal, *segments, offsets[b])
+        mask = visible(positions[b], kv_len, causal, *segments)
         slots = []
         for g in range(groups):
             for j in range(k):

@@ -9,20 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
+from gqe_kernels.pieces import by_pieces
 
 RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu"]
 DenseImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "cudnn"]
 
 _ROUTED = {
-    "reference": reference.routed_attention,
-    "xla": xla.routed_attention,
-    "decode": decode.routed_attention,
+    "reference": by_pieces(reference.routed_attention),
+    "xla": by_pieces(xla.routed_attention),
+    "decode": by_pieces(decode.routed_attention),
     "pallas_tpu": pallas_tpu.routed_attention,
 }
 _DENSE = {
-    "reference": reference.dense_attention,
-    "xla": xla.dense_attention,
-    "decode": decode.dense_attention,
+    "reference": by_pieces(reference.dense_attention),
+    "xla": by_pieces(xla.dense_attention),
+    "decode": by_pieces(decode.dense_attention),
     "pallas_tpu": pallas_tpu.dense_attention,
     "cudnn": cudnn.dense_attention,
 }
@@ -42,7 +43,7 @@ def routed_attention(
     causal: bool = True,
     q_segment_ids: Int[Array, "batch q_len"] | None = None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"] = 0,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
     implementation: RoutedImplementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """Attention of the selected query experts: the slots of a GQE layer, before W_O.
@@ -63,7 +64,8 @@ def routed_attention(
       q_segment_ids, kv_segment_ids: tokens see only their own segment. Id 0 is padding: its rows
         are zero and get no gradient. Both or neither.
       q_offset: the position of the first query among the keys, one or one for each row of the
-        batch: chunked prefill and decoding.
+        batch: chunked prefill and decoding. [batch, piece]: the queries are so many pieces of one
+        length, each at its own position, in ascending order: a part of a longer sequence.
       implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
         (whole logits; keys and values are read once) or "pallas_tpu" (a TPU kernel). None: "decode"
         for a single query; else, when lowered for TPU, "pallas_tpu" where it takes the arguments;
@@ -125,8 +127,11 @@ def routed_attention(
     if implementation is not None:
         _check_implementation(implementation, RoutedImplementation)
         return _ROUTED[implementation](*operands, **masking)
-    fallback = functools.partial(xla.routed_attention, **masking)
-    if pallas_tpu.unsupported(query, key, expert_index, slot_weight, shared_query) is not None:
+    fallback = functools.partial(_ROUTED["xla"], **masking)
+    reason = pallas_tpu.unsupported(
+        query, key, expert_index, slot_weight, shared_query, q_offset=q_offset
+    )
+    if reason is not None:
         return fallback(*operands)
     fast = functools.partial(pallas_tpu.routed_attention, **masking)
     return jax.lax.platform_dependent(*operands, tpu=fast, default=fallback)
@@ -141,7 +146,7 @@ def dense_attention(
     causal: bool = True,
     q_segment_ids: Int[Array, "batch q_len"] | None = None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"] = 0,
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
     implementation: DenseImplementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """Grouped-query attention of all heads: the baseline, on the best kernel of each platform.
@@ -169,8 +174,8 @@ def dense_attention(
     if implementation is not None:
         _check_implementation(implementation, DenseImplementation)
         return _DENSE[implementation](query, key, value, **masking)
-    by_platform = {"default": xla.dense_attention}
-    if pallas_tpu.dense_unsupported(query, key) is None:
+    by_platform = {"default": _DENSE["xla"]}
+    if pallas_tpu.dense_unsupported(query, key, q_offset=q_offset) is None:
         by_platform["tpu"] = pallas_tpu.dense_attention
     if cudnn.unsupported(query, key, **masking) is None and cudnn.available():
         by_platform["cuda"] = cudnn.dense_attention
@@ -208,9 +213,12 @@ def _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_o
     if q_segment_ids is not None:
         _check_shape("q_segment_ids", q_segment_ids, (batch, q_len))
         _check_shape("kv_segment_ids", kv_segment_ids, (batch, key.shape[1]))
-    if jnp.shape(q_offset) not in ((), (batch,)):
+    shape = jnp.shape(q_offset)
+    pieces = shape[1] if len(shape) == 2 else 1
+    if shape not in ((), (batch,), (batch, pieces)) or pieces < 1 or q_len % pieces:
         raise ValueError(
-            f"q_offset has shape {jnp.shape(q_offset)}; it must be a scalar or [{batch}]"
+            f"q_offset has shape {shape}; it must be a scalar, [{batch}], or [{batch}, piece] with "
+            f"pieces into which the {q_len} queries divide"
         )
     return {
         "scale": 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,

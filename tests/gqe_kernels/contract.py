@@ -25,7 +25,7 @@ class Case:
     shared: str | None = "mean"  # None, mean or given
     causal: bool = True
     segments: str | None = None  # None, packed, padded or all_padding
-    q_offset: int | tuple[int, ...] = 0
+    q_offset: int | tuple[int, ...] | tuple[tuple[int, ...], ...] = 0
     routing: str = "random"  # random or one
     scale: float | None = None
 
@@ -60,6 +60,7 @@ CASES = [
     Case(q_len=1, kv_len=24, q_offset=11),
     Case(q_len=5, kv_len=24, q_offset=(3, 19), segments="padded"),
     Case(q_len=8, kv_len=24, q_offset=-4),
+    Case(q_len=8, kv_len=24, q_offset=((2, 17), (4, 12)), segments="packed"),
     Case(routing="one"),
     Case(scale=0.5, batch=1),
     Case(q_len=1),
@@ -110,6 +111,10 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[dict, dict]:
         q_segments = _segments(rng, case.segments, case.batch, case.q_len)
         same = kv_len == case.q_len
         kv_segments = q_segments if same else np.ones((case.batch, kv_len), np.int32)
+        if np.ndim(masking["q_offset"]) == 2:  # a part of the keys' own sequence
+            kv_segments = _segments(rng, case.segments, case.batch, kv_len)
+            position = oracle.query_positions(case.batch, case.q_len, masking["q_offset"])
+            q_segments = np.take_along_axis(kv_segments, position, axis=1)
         masking |= {"q_segment_ids": q_segments, "kv_segment_ids": kv_segments}
     return arrays, masking
 

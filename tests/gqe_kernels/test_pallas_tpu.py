@@ -68,7 +68,7 @@ def small_blocks(monkeypatch):
     small = pallas_tpu.BlockSizes(
         q=128, kv=256, strip=64, backward_q=256, backward_kv=128, d_query_bytes=1
     )
-    monkeypatch.setattr(attention, "default_block_sizes", lambda *_: small)
+    monkeypatch.setattr(attention, "default_block_sizes", lambda *_, **__: small)
 
 
 @pytest.mark.usefixtures("interpreter", "small_blocks")
@@ -79,6 +79,9 @@ class TestManyBlocks(RoutedAttentionContract):
         Case(batch=1, q_len=600, group=1, head_dim=128, segments="packed"),
         Case(batch=1, q_len=384, head_dim=64),
         Case(batch=1, q_len=130, kv_len=700, q_offset=513, head_dim=64, expert=3),
+        Case(
+            batch=1, q_len=512, kv_len=1024, q_offset=((256, 512),), head_dim=64, segments="packed"
+        ),
     )
     bfloat16_cases = float32_cases[1:2]
 
@@ -88,7 +91,7 @@ def diagonal_blocks(monkeypatch):
     """Square blocks, whose diagonal tiles come first, and what the wide chips' defaults turn on."""
     square = dict.fromkeys(("q", "kv", "backward_q", "backward_kv"), 256)
     sized = pallas_tpu.BlockSizes(**square, strip=128, row_sum_on_mxu=True, bfloat16_exp=True)
-    monkeypatch.setattr(attention, "default_block_sizes", lambda *_: sized)
+    monkeypatch.setattr(attention, "default_block_sizes", lambda *_, **__: sized)
 
 
 @pytest.mark.usefixtures("interpreter", "diagonal_blocks")
@@ -131,6 +134,7 @@ COMPILED = [
     ("v5e", Case(batch=1, q_len=1024, head_dim=64), "bfloat16"),
     ("v5e", Case(batch=2, q_len=1000, head_dim=64, expert=3, k=2, segments="packed"), "bfloat16"),
     ("v5p", Case(batch=1, q_len=300, kv_len=450, head_dim=128, q_offset=(150,)), "float32"),
+    ("v5p", Case(batch=1, q_len=768, kv_len=1536, head_dim=128, q_offset=((0, 1152),)), "bfloat16"),
     ("v6e", Case(batch=1, q_len=1024, head_dim=128), "bfloat16"),
     ("v6e", Case(batch=1, q_len=2, kv_len=24, q_offset=11, head_dim=64, group=3), "bfloat16"),
     ("7x", Case(batch=1, q_len=1024, head_dim=128, weighted=False), "bfloat16"),

@@ -51,6 +51,10 @@ def _layout(query, expert_index, slot_weight, shared_query) -> Layout:
     )
 
 
+def _pieces(q_offset) -> int:
+    return q_offset.shape[1] if jnp.ndim(q_offset) == 2 else 1
+
+
 def _mean_over_groups(x: Float[Array, "batch kv_len group head_dim"]):
     """By slices of the flat array: a reduction makes XLA lay out, and copy, all of K and V anew."""
     group, head_dim = x.shape[2:]
@@ -59,7 +63,9 @@ def _mean_over_groups(x: Float[Array, "batch kv_len group head_dim"]):
     return (sum(head.astype(jnp.float32) for head in heads) / group).astype(x.dtype)
 
 
-def unsupported(query, key, expert_index, slot_weight=None, shared_query=None, **_) -> str | None:
+def unsupported(
+    query, key, expert_index, slot_weight=None, shared_query=None, *, q_offset=0
+) -> str | None:
     """The argument that the kernels cannot take, with the reason; None if they take them all."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"query: dtype {query.dtype}, where bfloat16 or float32 is needed"
@@ -67,9 +73,13 @@ def unsupported(query, key, expert_index, slot_weight=None, shared_query=None, *
         return f"query: head_dim {query.shape[-1]}, where a multiple of 64 is needed"
     if query.size == 0 or key.size == 0:
         return "query, key: an array without entries"
+    pieces = _pieces(q_offset)
+    if pieces > 1 and query.shape[1] // pieces % LANES:
+        rows = query.shape[1] // pieces
+        return f"q_offset: pieces of {rows} queries, where a multiple of {LANES} is needed"
     layout = _layout(query, expert_index, slot_weight, shared_query)
     lengths = query.shape[1], key.shape[1]
-    if default_block_sizes(layout, *lengths, query.dtype.itemsize) is None:
+    if default_block_sizes(layout, *lengths, query.dtype.itemsize, pieces=pieces) is None:
         return f"query: shape {query.shape}, of which no block fits in VMEM"
     return None
 
@@ -88,15 +98,15 @@ def routed_attention(
     causal: bool,
     q_segment_ids: Int[Array, "batch q_len"] | None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
+    q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"],
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """As `reference.routed_attention`, for the arguments that the kernels take."""
-    reason = unsupported(query, key, expert_index, slot_weight, shared_query)
+    reason = unsupported(query, key, expert_index, slot_weight, shared_query, q_offset=q_offset)
     if reason is not None:
         raise NotImplementedError(f"implementation='pallas_tpu' does not take {reason}")
     batch, q_len, _, _, head_dim = query.shape
-    kv_len = key.shape[1]
+    kv_len, pieces = key.shape[1], _pieces(q_offset)
     layout = _layout(query, expert_index, slot_weight, shared_query)
     width = layout.head_dim
     if shared_query is not None and shared_key is None:
@@ -121,11 +131,12 @@ def routed_attention(
         shared_value=flat(shared_value, layout.row),
     )
     masking = Masking(
-        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,)),
+        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32).T, (pieces, batch)).T,
         None if q_segment_ids is None else q_segment_ids.astype(jnp.int32),
         None if kv_segment_ids is None else kv_segment_ids.astype(jnp.int32),
     )
-    blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, query.dtype.itemsize)
+    itemsize = query.dtype.itemsize
+    blocks = block_sizes or default_block_sizes(layout, q_len, kv_len, itemsize, pieces=pieces)
     index = expert_index.astype(jnp.int32).reshape(batch, q_len, -1)
     offset = int(q_offset) if isinstance(q_offset, int | np.integer) else None
     static = _Static(layout, causal, offset, float(scale), blocks)
@@ -139,9 +150,10 @@ def _every_expert(query):
     return jax.lax.broadcasted_iota(jnp.int32, (batch, q_len, group, expert), 3)
 
 
-def dense_unsupported(query, key) -> str | None:
+def dense_unsupported(query, key, *, q_offset=0) -> str | None:
     """As `unsupported`, of `dense_attention`."""
-    return unsupported(query, key, jax.ShapeDtypeStruct(query.shape[:-1], jnp.int32))
+    every_expert = jax.ShapeDtypeStruct(query.shape[:-1], jnp.int32)
+    return unsupported(query, key, every_expert, q_offset=q_offset)
 
 
 def dense_attention(

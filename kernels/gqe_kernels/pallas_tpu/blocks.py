@@ -132,23 +132,38 @@ def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int)
 
 
 def default_block_sizes(
-    layout: Layout, q_len: int, kv_len: int, itemsize: int, chip: str | None = None
+    layout: Layout,
+    q_len: int,
+    kv_len: int,
+    itemsize: int,
+    chip: str | None = None,
+    pieces: int = 1,
 ) -> BlockSizes | None:
     """A chip's defaults, made to fit the lengths and VMEM; None if nothing does.
 
     Args:
+      pieces: of the queries; blocks do not cross from one to the next.
       chip: "v5e", "v5p", "v6e" or "7x"; None: `lowered_chip()`.
     """
     blocks = tuned(chip or lowered_chip(), layout.head_dim, kv_len)
-    fit = lambda rows, length: min(rows, -(-length // LANES) * LANES)  # noqa: E731
+
+    def fit(rows: int, length: int) -> int:
+        return min(rows, -(-length // LANES) * LANES)
+
+    def fit_q(rows: int) -> int:
+        rows = fit(rows, q_len // pieces)
+        while pieces > 1 and q_len // pieces % rows:
+            rows -= LANES
+        return rows
+
     for most, quarters in itertools.product((512, 256, 128), (4, 3, 2, 1)):
-        q, kv = fit(min(blocks.q, most), q_len), fit(min(blocks.kv, most), kv_len)
+        q, kv = fit_q(min(blocks.q, most)), fit(min(blocks.kv, most), kv_len)
         sized = dataclasses.replace(
             blocks,
             q=q,
             kv=kv,
             strip=blocks.strip if q % blocks.strip == 0 else LANES,
-            backward_q=fit(min(blocks.backward_q, most), q_len),
+            backward_q=fit_q(min(blocks.backward_q, most)),
             backward_kv=fit(min(blocks.backward_kv, most), kv_len),
             d_query_bytes=blocks.d_query_bytes * quarters // 4,
         )

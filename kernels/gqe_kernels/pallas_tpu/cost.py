@@ -14,9 +14,15 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
 def visible_pairs(q_len: int, kv_len: int, causal: bool, static_offset: int | None) -> int:
-    """Query token × key token that one head must look at; at most, where the offset is traced."""
-    if not causal or static_offset is None:
+    """Query token × key token that one head must look at.
+
+    Where the offset is traced: the mean over all with which the queries are among the keys. That is
+    also the number for an early and a late piece of the keys' sequence.
+    """
+    if not causal:
         return q_len * kv_len
+    if static_offset is None:
+        return q_len * (kv_len + 1) // 2
     seen = np.arange(q_len, dtype=np.int64) + static_offset + 1
     return int(np.clip(seen, 0, kv_len).sum())
 

@@ -11,10 +11,10 @@ UNREACHABLE = 2**30
 class Masking(NamedTuple):
     """Masking arguments as arrays.
 
-    offset: position of the first query among the keys, one a row of the batch.
+    offset: position among the keys of the first query of each piece of the queries.
     """
 
-    offset: Int[Array, "batch"]
+    offset: Int[Array, "batch piece"]
     q_segment: Int[Array, "batch q_len"] | None
     kv_segment: Int[Array, "batch kv_len"] | None
 
@@ -29,10 +29,11 @@ class Blocks(NamedTuple):
 
 
 class Visits(NamedTuple):
-    """Scalar tables, prefetched. `first` to `last` bound the blocks of the inner axis that a block
-    of the outer axis visits; inside them, segment ranges that cannot meet are not computed."""
+    """Scalar tables, prefetched. `position` is that of the first query of each block among the
+    keys. `first` to `last` bound the blocks of the inner axis that a block of the outer axis
+    visits; inside them, segment ranges that cannot meet are not computed."""
 
-    offset: Int[Array, "batch"]
+    position: Int[Array, "batch q_block"]
     first: Int[Array, "batch outer"]
     last: Int[Array, "batch outer"]
     q: Blocks | None
@@ -53,14 +54,19 @@ def _segments(segment, block: int) -> Blocks:
 def visits(
     masking: Masking, causal: bool, q_len: int, kv_len: int, q: int, kv: int, outer: str
 ) -> Visits:
-    """Tables for a kernel whose outer axis is the blocks of "q" or of "kv"."""
-    batch = masking.offset.shape[0]
+    """Tables for a kernel whose outer axis is the blocks of "q" or of "kv".
+
+    Args:
+      q, kv: rows of a block; where there are several pieces, q divides them.
+    """
+    batch, pieces = masking.offset.shape
     num_q, num_kv = -(-q_len // q), -(-kv_len // kv)
     meets = jnp.ones((batch, num_q, num_kv), bool)
+    in_piece = jnp.arange(-(-num_q // pieces)) * q
+    position = (masking.offset[:, :, None] + in_piece).reshape(batch, -1)
     if causal:
-        last_query = jnp.minimum((jnp.arange(num_q) + 1) * q, q_len) - 1
-        position = masking.offset[:, None] + last_query
-        meets &= jnp.arange(num_kv) * kv <= position[:, :, None]
+        rows = jnp.minimum(q_len - jnp.arange(num_q) * q, q)
+        meets &= jnp.arange(num_kv) * kv <= (position + rows - 1)[:, :, None]
     q_blocks = kv_blocks = None
     if masking.q_segment is not None:
         q_blocks, kv_blocks = _segments(masking.q_segment, q), _segments(masking.kv_segment, kv)
@@ -72,6 +78,4 @@ def visits(
     some = jnp.any(meets, axis=2)
     first = jnp.where(some, jnp.argmax(meets, axis=2), 0)
     last = jnp.where(some, inner - 1 - jnp.argmax(meets[:, :, ::-1], axis=2), -1)
-    return Visits(
-        masking.offset, first.astype(jnp.int32), last.astype(jnp.int32), q_blocks, kv_blocks
-    )
+    return Visits(position, first.astype(jnp.int32), last.astype(jnp.int32), q_blocks, kv_blocks)

@@ -102,7 +102,7 @@ def is_interior(tiles: Tiles, visits: Visits, b, i, j) -> jax.Array:
     """Whether every query of block i sees every key of block j."""
     interior = jnp.bool_(True)
     if tiles.causal:
-        interior &= (j + 1) * tiles.kv - 1 <= visits.offset[b] + i * tiles.q
+        interior &= (j + 1) * tiles.kv - 1 <= visits.position[b, i]
     if tiles.kv_ragged:
         interior &= j < tiles.num_kv - 1
     if tiles.segments:
@@ -124,7 +124,7 @@ def mask_bias(tiles: Tiles, visits: Visits, b, i, j, q_segment, kv_segment, kv_a
     visible = None
     if tiles.causal:
         query = lax.broadcasted_iota(jnp.int32, shape, 1 - kv_axis)
-        visible = key - query <= visits.offset[b] + i * tiles.q - j * tiles.kv
+        visible = key - query <= visits.position[b, i] - j * tiles.kv
     if tiles.kv_ragged:
         exists = key < tiles.kv_len - j * tiles.kv
         visible = exists if visible is None else visible & exists
