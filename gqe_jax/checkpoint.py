@@ -1,14 +1,16 @@
 """Checkpoints of a run, by Orbax: asynchronous and whole; the latest and the best are kept."""
 
-import pathlib
+import os
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gqe_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from gqe_jax.storage import is_remote, location
 from gqe_jax.training import TrainState
 
 DIRECTORY = "checkpoints"
@@ -17,6 +19,17 @@ _METRIC = "eval_loss"
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read."""
+
+
+def _checkpoint_directory(run_dir: str | os.PathLike) -> epath.Path:
+    path = location(run_dir)
+    if not is_remote(path):
+        return epath.Path(path.absolute()) / DIRECTORY
+    if path.protocol not in ("gs", "s3"):
+        raise ConfigError(
+            f"run_dir is '{path}'; checkpoints go to a local directory, gs:// or s3://"
+        )
+    return epath.Path(str(path)) / DIRECTORY
 
 
 class Checkpoints:
@@ -31,8 +44,8 @@ class Checkpoints:
       read_only: for evaluation: nothing is written or removed.
     """
 
-    def __init__(self, run_dir: str | pathlib.Path, *, keep: int = 3, read_only: bool = False):
-        self.directory = pathlib.Path(run_dir).absolute() / DIRECTORY
+    def __init__(self, run_dir: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
+        self.directory = _checkpoint_directory(run_dir)
         loss_of = lambda metrics: metrics[_METRIC]  # noqa: E731
         best = BestN(
             get_metric_fn=loss_of,

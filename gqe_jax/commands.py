@@ -1,11 +1,12 @@
 """What the command lines share: flags from dataclasses, and errors without a traceback."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -14,10 +15,11 @@ import tyro
 from gqe_jax import processes
 from gqe_jax.checkpoint import CheckpointError
 from gqe_jax.compile_for import DoesNotFitError
-from gqe_jax.config import ConfigError
+from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.data import DataError
 from gqe_jax.interop.tensors import WeightsError
-from gqe_jax.trainer import NonFiniteLossError
+from gqe_jax.storage import location
+from gqe_jax.trainer import CONFIG_FILE, NonFiniteLossError, read_config
 
 # What a user can mend: the message is the whole answer.
 _REFUSALS = (
@@ -55,6 +57,22 @@ def parse[Config](
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_config(name: str, configs: Mapping[str, RunConfig]) -> RunConfig:
+    """The configuration of this name, or that of the run whose directory it is.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    if name in configs:
+        return configs[name]
+    if not (location(name) / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"CONFIG is {name!r}; it must be one of {', '.join(configs)}, or the directory of a "
+            f"run, with its {CONFIG_FILE}"
+        )
+    return dataclasses.replace(read_config(name), run_dir=name)
 
 
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:

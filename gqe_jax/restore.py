@@ -1,7 +1,6 @@
 """A trained model from its run directory, on any mesh, with its tokenizer."""
 
 import dataclasses
-import pathlib
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +11,7 @@ from gqe_jax.data import DataError
 from gqe_jax.data.corpus import read_manifest
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.sharding import make_mesh
+from gqe_jax.storage import location
 from gqe_jax.training import make_steps
 from gqe_jax.transformer import Transformer
 
@@ -66,7 +66,7 @@ def find_tokenizer(run_dir: str, config: RunConfig, name: str | None = None) -> 
     Raises:
       DataError: there is none, or it has more tokens than the model.
     """
-    own, corpus = pathlib.Path(run_dir) / TOKENIZER_FILE, config.data.corpus
+    own, corpus = location(run_dir) / TOKENIZER_FILE, config.data.corpus
     end_of_document = None
     if name is None and own.is_file():
         name = str(own)
@@ -74,14 +74,14 @@ def find_tokenizer(run_dir: str, config: RunConfig, name: str | None = None) -> 
         name = BYTE
     elif name is None:
         try:
-            manifest = read_manifest(pathlib.Path(corpus))
+            manifest = read_manifest(location(corpus))
         except DataError as error:
             raise DataError(
                 f"tokenizer: {own} is not there, and of the corpus that {run_dir} was trained on: "
                 f"{error}. Name the tokenizer: --tokenizer byte, or a tokenizer.json"
             ) from None
         is_byte = manifest.tokenizer == BYTE
-        name = BYTE if is_byte else str(pathlib.Path(corpus) / TOKENIZER_FILE)
+        name = BYTE if is_byte else str(location(corpus) / TOKENIZER_FILE)
         end_of_document = manifest.end_of_document
     try:
         tokenizer = load_tokenizer(name)

@@ -1,9 +1,9 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and progress for whoever watches."""
 
+import contextlib
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import tensorboardX
 import tqdm
+
+from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -43,7 +45,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
-    path = pathlib.Path(run_dir) / METRICS_FILE
+    path = location(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = []
@@ -66,7 +68,8 @@ class Telemetry:
     """Writes a run's metrics; use it as a context manager.
 
     Args:
-      run_dir: the run's directory.
+      run_dir: the run's directory. In an object store the files are those of the last `sync`: they
+        are written on a local disk, and copied whole.
       start: the step that the run goes on from. Lines of later steps, from before a crash, are
         taken out: they come again.
       steps: the run's last step.
@@ -85,7 +88,7 @@ class Telemetry:
         devices: list[jax.Device],
         stream: TextIO | None = None,
     ):
-        self._run_dir = pathlib.Path(run_dir)
+        self._run_dir = location(run_dir)
         self._start, self._steps = start, steps
         self._flops_per_token = flops_per_token
         peaks = [peak_flops(device) for device in devices]
@@ -94,14 +97,17 @@ class Telemetry:
         self._digits = len(str(steps))
 
     def __enter__(self) -> "Telemetry":
-        path = self._run_dir / METRICS_FILE
         kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        self._scratch = contextlib.ExitStack()
+        self._local = self._scratch.enter_context(local_scratch(self._run_dir))
+        path = self._local / METRICS_FILE
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(
-            str(self._run_dir / "tensorboard"), purge_step=self._start + 1, flush_secs=30
+            str(self._local / "tensorboard"),
+            purge_step=self._start + 1,
+            flush_secs=30,
+            filename_suffix=f".from-{self._start}",
         )
         self._bar = None
         if self._stream.isatty():
@@ -117,6 +123,8 @@ class Telemetry:
             self._bar.close()
         self._board.close()
         self._file.close()
+        with self._scratch:
+            self._copy()
 
     def say(self, text: str) -> None:
         """A line to whoever watches."""
@@ -165,6 +173,12 @@ class Telemetry:
     def sync(self) -> None:
         """Makes sure that the lines so far outlive the machine."""
         os.fsync(self._file.fileno())
+        self._board.flush()
+        self._copy()
+
+    def _copy(self) -> None:
+        if is_remote(self._run_dir):
+            copy_tree(self._local, self._run_dir)
 
     def _write(self, record: dict[str, Any]) -> None:
         record = {

@@ -23,6 +23,7 @@ from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
+from gqe_jax.storage import location, write_whole
 from gqe_jax.telemetry import Silent, Telemetry, read_metrics
 from gqe_jax.training import Steps, Teacher, TrainState, make_steps
 from gqe_jax.transformer import matmul_flops_per_token
@@ -67,20 +68,17 @@ class Interrupt:
 
 def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
     """Writes the run's `config.json`, whole or not at all, into `directory` or its `run_dir`."""
-    path = (directory or pathlib.Path(config.run_dir)) / CONFIG_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    partial.replace(path)
+    path = (directory or location(config.run_dir)) / CONFIG_FILE
+    write_whole(path, json.dumps(to_dict(config), indent=1) + "\n")
 
 
-def read_config(run_dir: pathlib.Path) -> RunConfig:
+def read_config(run_dir: str | os.PathLike) -> RunConfig:
     """The `config.json` of a run.
 
     Raises:
       ConfigError: it is no run's configuration.
     """
-    path = run_dir / CONFIG_FILE
+    path = location(run_dir) / CONFIG_FILE
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except (OSError, ValueError) as error:  # ConfigError is a ValueError

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pathlib
+from typing import Annotated
+
+import tyro
 
 from gqe_jax.compile_for import meshes
 from gqe_jax.compile_for.chips import get_topology
@@ -10,7 +13,14 @@ from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile
 from gqe_jax.compile_for.report import as_json, as_text
 from gqe_jax.config import RunConfig
 
-__all__ = ["CompileOptions", "Compiled", "DoesNotFitError", "compile_for", "compile_step"]
+__all__ = [
+    "CompileCommand",
+    "CompileOptions",
+    "Compiled",
+    "DoesNotFitError",
+    "compile_for",
+    "compile_step",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +38,14 @@ class CompileOptions:
     """Compile for up to so many shapes of the mesh, and rank them; a compile takes minutes."""
     json: pathlib.Path | None = None
     """A file for the figures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileCommand:
+    """A command line of a run's fields and of how to compile it."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    proof: Annotated[CompileOptions, tyro.conf.arg(name="")]
 
 
 def compile_for(config: RunConfig, options: CompileOptions) -> str:

@@ -1,7 +1,8 @@
 """A prepared corpus: shards of one flat stream of tokens for each split, and a manifest.
 
 `manifest.json` names the tokenizer and, for each split, its shards with their lengths and SHA-256.
-A shard is the tokens in little-endian uint16 or uint32 and nothing else, read by memory map.
+A shard is the tokens in little-endian uint16 or uint32 and nothing else: read by memory map, and
+from an object store by ranges, as many at once as a batch has rows.
 """
 
 import bisect
@@ -14,12 +15,13 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gqe_jax.config import ConfigError, from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from gqe_jax.storage import is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
@@ -76,11 +78,22 @@ def sha256(path: pathlib.Path) -> str:
 def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into, which becomes `directory` at the end, or leaves nothing behind.
 
+    An object store renames nothing: there it is `directory` itself that is written to, and what is
+    written last says that it is whole, as `manifest.json` does.
+
     Raises:
       DataError: `directory` is already there.
     """
-    if directory.exists():
+    if directory.exists() and (not is_remote(directory) or any(directory.iterdir())):
         raise DataError(f"output {directory} exists; name a new directory, or delete it")
+    if is_remote(directory):
+        try:
+            yield directory
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                directory.fs.rm(directory.path, recursive=True)
+            raise
+        return
     partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:12]}")
     partial.mkdir(parents=True)
     try:
@@ -93,7 +106,7 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(directory: pathlib.Path) -> Manifest:
@@ -131,7 +144,8 @@ class Split:
       directory: of the corpus.
       name: `train` or `validation`.
       manifest: of the corpus.
-      verify: compare the shards' checksums, not only their sizes.
+      verify: compare the shards' checksums, not only their sizes. Never of an object store, which
+        keeps checksums of its own, and from which every host would read the whole corpus.
 
     Raises:
       DataError: the split is empty, or a shard is missing, truncated or altered.
@@ -144,7 +158,9 @@ class Split:
         self.name = name
         self.info = info
         self.end_of_document = manifest.end_of_document
-        dtype = np.dtype(manifest.dtype)
+        self._dtype = dtype = np.dtype(manifest.dtype)
+        remote = is_remote(directory)
+        self._store = directory.fs if remote else None
         self._shards = []
         for shard in info.shards:
             path = directory / shard.file
@@ -156,29 +172,48 @@ class Split:
                     f"shard {path} {state}, the manifest says {expected} bytes; copy or prepare "
                     "the corpus again"
                 )
-            if verify and sha256(path) != shard.sha256:
+            if verify and not remote and sha256(path) != shard.sha256:
                 raise DataError(
                     f"shard {path} does not match its checksum in the manifest; copy or prepare "
                     "the corpus again"
                 )
-            self._shards.append(np.memmap(path, dtype, mode="r"))
-        self._starts = [0, *itertools.accumulate(len(shard) for shard in self._shards)]
+            self._shards.append(path.path if remote else np.memmap(path, dtype, mode="r"))
+        self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in info.shards)]
 
     def __len__(self) -> int:
         return self.info.num_tokens
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length` of the stream, int32; fewer at its end."""
+        return self.read_many([start], length)[0]
+
+    def read_many(self, starts: Sequence[int], length: int) -> list[np.ndarray]:
+        """As `read` of each start; from an object store, all at once."""
+        pieces = [self._pieces(int(start), length) for start in starts]
+        read = iter(self._read_pieces(list(itertools.chain(*pieces))))
+        rows = [list(itertools.islice(read, len(piece))) for piece in pieces]
+        empty = np.zeros(0, np.int32)
+        return [np.concatenate(row, dtype=np.int32) if row else empty for row in rows]
+
+    def _pieces(self, start: int, length: int) -> list[tuple[int, int, int]]:
+        """Of each shard that has some of the tokens: its number, and where they are in it."""
         stop = min(start + length, len(self))
         pieces = []
         index = bisect.bisect_right(self._starts, start) - 1
         while start < stop:
-            offset = start - self._starts[index]
-            piece = self._shards[index][offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-            index += 1
-        return np.concatenate(pieces, dtype=np.int32) if pieces else np.zeros(0, np.int32)
+            end = min(stop, self._starts[index + 1])
+            pieces.append((index, start - self._starts[index], end - self._starts[index]))
+            start, index = end, index + 1
+        return pieces
+
+    def _read_pieces(self, pieces: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        if self._store is None:
+            return [self._shards[index][start:stop] for index, start, stop in pieces]
+        paths = [self._shards[index] for index, _, _ in pieces]
+        size = self._dtype.itemsize
+        starts, stops = ([size * piece[i] for piece in pieces] for i in (1, 2))
+        found = self._store.cat_ranges(paths, starts, stops, on_error="raise")
+        return [np.frombuffer(data, self._dtype) for data in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +234,7 @@ class Corpus:
         Raises:
           DataError: the manifest or a shard is missing, truncated or altered.
         """
-        directory = pathlib.Path(directory)
+        directory = location(directory)
         manifest = read_manifest(directory)
         splits = (Split(directory, name, manifest, verify=verify) for name in SPLITS)
         fingerprint = sha256(directory / MANIFEST)[:16]

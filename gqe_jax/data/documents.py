@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gqe_jax.data.corpus import DataError
+from gqe_jax.storage import is_remote
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
@@ -42,9 +43,11 @@ def read_documents(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, f
         raise DataError(f"{path} cannot be read ({error})") from None
 
 
-def _open(path: pathlib.Path, compression: str | None) -> tuple[io.BufferedReader, pyarrow.OSFile]:
+def _open(
+    path: pathlib.Path, compression: str | None
+) -> tuple[io.BufferedReader, pyarrow.NativeFile]:
     """The decompressed stream, and the file below it, whose position tells the progress."""
-    raw = pyarrow.OSFile(str(path))
+    raw = pyarrow.PythonFile(path.open("rb")) if is_remote(path) else pyarrow.OSFile(str(path))
     stream = raw if compression is None else pyarrow.CompressedInputStream(raw, compression)
     return io.BufferedReader(stream, buffer_size=1 << 20), raw
 
@@ -64,7 +67,7 @@ def _json_lines(path, compression, text_field) -> Iterator[tuple[str, float]]:
 
 
 def _parquet(path, text_field) -> Iterator[tuple[str, float]]:
-    file = pyarrow.parquet.ParquetFile(path)
+    file = pyarrow.parquet.ParquetFile(path.open("rb") if is_remote(path) else path)
     names = file.schema_arrow.names
     if text_field not in names:
         raise DataError(f"text_field is {text_field!r}; {path} has the columns {', '.join(names)}")

@@ -53,8 +53,8 @@ def read_windows(
     """
     tokens = np.zeros((len(windows), sequence_length + 1), np.int32)
     weights = np.zeros((len(windows), sequence_length), np.float32)
-    for row, window in enumerate(windows):
-        read = split.read(int(window) * sequence_length, sequence_length + 1)
+    rows = split.read_many(windows * sequence_length, sequence_length + 1)
+    for row, read in enumerate(rows):
         tokens[row, : len(read)] = read
         weights[row, : max(len(read) - 1, 0)] = 1.0
     segments = None

@@ -9,12 +9,10 @@ input, the tokenizer and the shard size alone, not on the number of processes.
 import concurrent.futures
 import dataclasses
 import functools
-import glob
 import hashlib
 import multiprocessing
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 
@@ -25,6 +23,7 @@ from gqe_jax.data.corpus import DataError, Manifest, SplitInfo, write_manifest, 
 from gqe_jax.data.documents import read_documents
 from gqe_jax.data.shards import make_manifest, merge_splits, write_documents
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
+from gqe_jax.storage import find, location, write_whole
 
 _TASK_BYTES = 64 << 20  # small input files are taken together up to here
 
@@ -34,10 +33,10 @@ class PrepareConfig:
     """Tokenise files into a corpus."""
 
     input: tuple[str, ...]
-    """Files or glob patterns (quote them): .txt and other text, .jsonl, each also .gz or .zst,
-    .parquet."""
-    output: pathlib.Path
-    """Directory to create."""
+    """Files or glob patterns (quote them), local or of an object store (gs://, s3://, hf://): .txt
+    and other text, .jsonl, each also .gz or .zst, .parquet."""
+    output: str
+    """Directory to create, local or in an object store."""
     tokenizer: str = BYTE
     """`byte`, or the path of a tokenizer.json."""
     end_of_document: str | None = None
@@ -70,8 +69,7 @@ def choose_split(text: str, validation_fraction: float) -> str:
 def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True))
-        files = [path for path in map(pathlib.Path, found) if path.is_file()]
+        files = find(pattern)
         if not files:
             raise DataError(f"input is {pattern!r}; it matches no file")
         paths += files
@@ -137,7 +135,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
     tasks = _group(paths)
     total = sum(path.stat().st_size for path in paths)
     with (
-        written_whole(config.output) as directory,
+        written_whole(location(config.output)) as directory,
         tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         run = functools.partial(_run_task, config, directory)
@@ -153,7 +151,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
                     f"input fell into the {split} split; change it, or give more documents"
                 )
         if config.tokenizer != BYTE:
-            shutil.copyfile(config.tokenizer, directory / TOKENIZER_FILE)
+            write_whole(directory / TOKENIZER_FILE, location(config.tokenizer).read_bytes())
         manifest = make_manifest(config.tokenizer, tokenizer, merged)
         write_manifest(directory, manifest)
     return manifest

@@ -10,6 +10,7 @@ import numpy as np
 
 from gqe_jax.data.corpus import SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer
+from gqe_jax.storage import is_remote
 
 _ENCODE_BYTES = 1 << 20  # text handed to the tokenizer at once
 
@@ -34,8 +35,8 @@ class ShardWriter:
         while len(tokens):
             if self._room == 0:
                 self._finish_shard()
-                name = f"{self._prefix}-{len(self._shards):03d}.bin"
-                self._file, self._hash = (self._directory / name).open("xb"), hashlib.sha256()
+                self._name = f"{self._prefix}-{len(self._shards):03d}.bin"
+                self._file, self._hash = (self._directory / self._name).open("wb"), hashlib.sha256()
                 self._room = self._shard_tokens
             piece, tokens = tokens[: self._room], tokens[self._room :]
             self._file.write(piece.tobytes())
@@ -45,12 +46,12 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        name = pathlib.Path(self._file.name).name
+        if not is_remote(self._directory):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         count = self._shard_tokens - self._room
-        self._shards.append(ShardInfo(name, count, self._hash.hexdigest()))
+        self._shards.append(ShardInfo(self._name, count, self._hash.hexdigest()))
         self._file = None
 
     def close(self) -> SplitInfo:

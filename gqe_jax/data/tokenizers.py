@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from gqe_jax.storage import location
+
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
@@ -52,7 +54,7 @@ class FileTokenizer:
         import tokenizers  # the byte tokenizer does without
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
             raise ValueError(
                 f"tokenizer {path} cannot be read ({error}); it must be 'byte' or a tokenizer.json "
@@ -87,7 +89,7 @@ def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None)
     """
     if str(name) == BYTE:
         return ByteTokenizer()
-    path = pathlib.Path(name)
+    path = location(name)
     if not path.is_file():
         raise ValueError(f"tokenizer is {str(name)!r}; it must be 'byte' or a tokenizer.json")
     return FileTokenizer(path, end_of_document)

@@ -12,6 +12,7 @@ from gqe_jax.data.corpus import written_whole
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.sharding import make_mesh, shardings
+from gqe_jax.storage import location
 from gqe_jax.trainer import write_config
 from gqe_jax.training import TrainState
 
@@ -47,7 +48,7 @@ def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | No
     Raises:
       DataError: the directory exists.
     """
-    with written_whole(pathlib.Path(config.run_dir)) as partial:
+    with written_whole(location(config.run_dir)) as partial:
         with Checkpoints(partial) as checkpoints:
             checkpoints.save_weights(params, config)
         write_config(config, partial)
@@ -57,7 +58,5 @@ def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | No
 
 def tokenizer_file(run_dir: pathlib.Path, config: RunConfig) -> pathlib.Path | None:
     """The run's tokenizer.json, or its corpus's; None where tokens are bytes or there is none."""
-    paths = (
-        directory / TOKENIZER_FILE for directory in (run_dir, pathlib.Path(config.data.corpus))
-    )
+    paths = (directory / TOKENIZER_FILE for directory in (run_dir, location(config.data.corpus)))
     return next((path for path in paths if path.is_file()), None)

@@ -13,6 +13,7 @@ from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.report import page
 from gqe_jax.report.curves import DIRECTORY, Curves
 from gqe_jax.report.routing import route_text
+from gqe_jax.storage import is_remote, location, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +82,18 @@ def write_report(config: ReportConfig) -> pathlib.Path:
             missing = str(error)
         runs.append(page.Run(curves, routed, missing))
     content, images = page.build(runs)
-    output = config.output or pathlib.Path(config.run_dirs[0]) / DIRECTORY
-    output.mkdir(parents=True, exist_ok=True)
+    output = config.output or location(config.run_dirs[0]) / DIRECTORY
     for name, image in images.items():
-        (output / name).write_bytes(image)
+        write_whole(output / name, image)
     path = output / "index.html"
-    path.write_text(content, encoding="utf-8")
+    write_whole(path, content)
     return path
 
 
 def _labels(run_dirs: tuple[str, ...]) -> list[str]:
     """The directories' names, or where two are the same, their paths."""
-    names = [pathlib.Path(run_dir).resolve().name for run_dir in run_dirs]
+    paths = map(location, run_dirs)
+    names = [path.name if is_remote(path) else path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else list(run_dirs)
 
 

@@ -13,6 +13,7 @@ import matplotlib.figure
 import numpy as np
 from jaxtyping import Float
 
+from gqe_jax.storage import location, write_whole
 from gqe_jax.telemetry import read_metrics
 
 DIRECTORY = "report"
@@ -81,10 +82,9 @@ def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
     if curves.expert_load is not None:
         images["expert_load.png"] = expert_load(curves)
         images["router_entropy.png"] = router_entropy(curves)
-    directory = pathlib.Path(run_dir) / DIRECTORY
-    directory.mkdir(exist_ok=True)
+    directory = location(run_dir) / DIRECTORY
     for name, image in images.items():
-        (directory / name).write_bytes(image)
+        write_whole(directory / name, image)
     return [directory / name for name in images]
 
 
