@@ -191,6 +191,7 @@ class GroupedQueryExperts(_Attention):
         cache: KVCache | None = None,
         mask: Bool[Array, "batch length"] | None = None,
         return_routing: bool = False,
+        zigzag: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """Causal self-attention.
 
@@ -203,6 +204,8 @@ class GroupedQueryExperts(_Attention):
           cache: keys and values so far; they are attended to, and the new ones appended.
           mask: True for tokens, False for padding; short for segment ids of 1 and 0.
           return_routing: put `router_probs` and `expert_index` into the aux.
+          zigzag: the tokens are in the order of `gqe_jax.zigzag`, and `positions` says so; for
+            a mesh with a context axis, over which plain order leaves early shards with less work.
 
         Returns:
           The output; the aux; the cache with the new tokens, or None without one.
@@ -244,6 +247,7 @@ class GroupedQueryExperts(_Attention):
             shared_key=shared_key,
             shared_value=shared_value,
             implementation=self.implementation,
+            zigzag=zigzag,
             **masking,
         )
         if config.variant == "weighted_concat":
@@ -294,6 +298,7 @@ class GroupedQueryAttention(_Attention):
         cache: KVCache | None = None,
         mask: Bool[Array, "batch length"] | None = None,
         return_routing: bool = False,
+        zigzag: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """As `GroupedQueryExperts.__call__`; there is no routing to return."""
         del return_routing
@@ -306,7 +311,12 @@ class GroupedQueryAttention(_Attention):
             cache, segment_ids, key, self.value(x), None, None
         )
         slots = sharded_dense_attention(
-            query=query, key=key, value=value, implementation=self.implementation, **masking
+            query=query,
+            key=key,
+            value=value,
+            implementation=self.implementation,
+            zigzag=zigzag,
+            **masking,
         )
         zero = jnp.zeros((), jnp.float32)
         group = self.config.num_kv_heads

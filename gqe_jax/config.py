@@ -283,6 +283,8 @@ class MeshConfig:
     """Copies of the model; each takes a part of the batch."""
     fsdp: int = 1
     """Shards of parameters and optimizer state; each takes a part of the batch."""
+    context: int = 1
+    """Shards of every sequence, and of parameters and optimizer state."""
     tensor: int = 1
     """Shards of the groups, the MLP and the vocabulary."""
 

@@ -116,7 +116,7 @@ class SwiGLU(nnx.Module):
     ):
         self.gate = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.up = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = projection(mlp_dim, embed_dim, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down = projection(mlp_dim, embed_dim, ("mlp_rows", None), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,6 +1,12 @@
-"""The training objective: cross-entropy and divergence in chunks of the sequence, router losses."""
+"""The training objective: cross-entropy and divergence in chunks of the sequence, router losses.
 
+On a mesh each device takes its own rows, positions and part of the vocabulary, under `shard_map`:
+the table is gathered once, and its gradient summed once, not for every chunk.
+"""
+
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_jax.attention import AttentionAux
 from gqe_jax.config import OptimizerConfig
+from gqe_jax.sharding import partition_spec
 
 
 def chunked_cross_entropy(
@@ -20,27 +27,19 @@ def chunked_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed cross-entropy and summed squared logsumexp, in nats, each token times its weight.
 
-    Logits exist for `chunk` positions of the sequence at a time; the backward pass computes them
-    again, so [batch, length, vocab] never exists.
+    Logits exist for `chunk` positions of a device's sequences at a time; the backward pass computes
+    them again, so [batch, length, vocab] never exists.
 
     Args:
       hidden: final hidden states; logits are their products with the table's rows, accumulated in
         float32.
       table: `Transformer.logit_table`.
       targets: the token that each position predicts.
-      weights: 0 leaves a position out.
+      weights: 0 leaves a position out; they get no gradient.
       chunk: positions in a chunk.
     """
-    table = table.astype(hidden.dtype)
-
-    def one_chunk(hidden, targets, weights):
-        logits = _logits(hidden, table)
-        logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nats = jnp.sum(weights * (logsumexp - at_target))
-        return nats, jnp.sum(weights * jnp.square(logsumexp))
-
-    return _sums_over_chunks(one_chunk, (hidden, targets, weights.astype(jnp.float32)), chunk)
+    beside = targets, weights.astype(jnp.float32)
+    return _sums_over_chunks(_cross_entropy, chunk, table, hidden, beside, ())
 
 
 def chunked_divergence(
@@ -54,43 +53,157 @@ def chunked_divergence(
 ) -> Float[Array, ""]:
     """Summed KL divergence of our predictions from the teacher's, in nats, each token times its
     weight: the sum over the vocabulary of p_teacher · log(p_teacher / p). Arguments and memory as
-    in `chunked_cross_entropy`.
+    in `chunked_cross_entropy`; the teacher gets no gradient.
     """
-    table, teacher_table = table.astype(hidden.dtype), teacher_table.astype(teacher_hidden.dtype)
+    beside = teacher_hidden, weights.astype(jnp.float32)
+    fixed = (teacher_table.astype(teacher_hidden.dtype),)
+    return _sums_over_chunks(_divergence, chunk, table, hidden, beside, fixed)[0]
 
-    def one_chunk(hidden, teacher_hidden, weights):
-        ours = jax.nn.log_softmax(_logits(hidden, table))
-        theirs = jax.nn.log_softmax(_logits(teacher_hidden, teacher_table))
-        return (jnp.sum(weights * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)),)
 
-    inputs = (hidden, teacher_hidden, weights.astype(jnp.float32))
-    return _sums_over_chunks(one_chunk, inputs, chunk)[0]
+class _Axes(NamedTuple):
+    """Mesh axes over which a device has a part: of the vocabulary, of the table's width."""
+
+    vocab: str | tuple[str, ...] | None
+    embed: str | tuple[str, ...] | None
+
+
+def _cross_entropy(axes: _Axes, hidden, table, targets, weights):
+    logits = _logits(hidden, table)
+    logsumexp = _logsumexp(logits, axes)
+    first = jax.lax.axis_index(axes.vocab) * table.shape[0] if axes.vocab else 0
+    own = (targets >= first) & (targets < first + table.shape[0])
+    index = jnp.where(own, targets - first, 0)[..., None]
+    at_target = jnp.where(own, jnp.take_along_axis(logits, index, axis=-1)[..., 0], 0.0)
+    nats = jnp.sum(weights * (logsumexp - _over_vocab(at_target, axes)))
+    return nats, jnp.sum(weights * jnp.square(logsumexp))
+
+
+def _divergence(axes: _Axes, hidden, table, teacher_hidden, weights, teacher_table):
+    ours, theirs = _logits(hidden, table), _logits(teacher_hidden, teacher_table)
+    ours -= _logsumexp(ours, axes)[..., None]
+    theirs -= _logsumexp(theirs, axes)[..., None]
+    nats = _over_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
+    return (jnp.sum(weights * nats),)
 
 
 def _logits(hidden: Array, table: Array) -> Array:
     return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
+def _over_vocab(x: Array, axes: _Axes) -> Array:
+    return jax.lax.psum(x, axes.vocab) if axes.vocab else x
+
+
+def _logsumexp(logits: Float[Array, "batch length vocab"], axes: _Axes) -> Array:
+    if not axes.vocab:
+        return jax.nn.logsumexp(logits, axis=-1)
+    largest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+    largest = jax.lax.pmax(largest, axes.vocab)
+    total = _over_vocab(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axes)
+    return largest + jnp.log(total)
+
+
 def _sums_over_chunks(
-    one_chunk: Callable[..., tuple[Array, ...]], inputs: tuple[Array, ...], chunk: int
+    one_chunk: Callable[..., tuple[Array, ...]],
+    chunk: int,
+    table: Array,
+    hidden: Array,
+    beside: tuple[Array, ...],
+    fixed: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Sums of what `one_chunk` makes of `chunk` positions at a time; the last are padded with 0."""
-    batch, length = inputs[0].shape[:2]
-    chunk = min(chunk, length)
-    padding = -length % chunk
+    """Sums of what `one_chunk(axes, hidden, table, *beside, *fixed)` makes of `chunk` positions at
+    a time. Gradients go to `table` and `hidden` alone.
 
-    def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+    Args:
+      beside: more arrays [batch, length, ...].
+      fixed: more tables [vocab, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local_sums(one_chunk, chunk, _Axes(None, None), table, hidden, beside, fixed)
 
-    inputs = tuple(chunks(x) for x in inputs)
-    first = jax.eval_shape(one_chunk, *(x[0] for x in inputs))
+    def rows(x):
+        axes = ("batch", "sequence", *(None,) * (x.ndim - 2))
+        return partition_spec(axes, x.shape, mesh)
+
+    table_spec = partition_spec(("vocab", "embed"), table.shape, mesh)
+    axes = _Axes(*table_spec)
+    batch, sequence, _ = rows(hidden)
+    summed = tuple(jax.tree.leaves((batch, sequence)))
+
+    def local(table, hidden, beside, fixed):
+        sums = _local_sums(one_chunk, chunk, axes, table, hidden, beside, fixed)
+        return jax.lax.psum(sums, summed) if summed else sums
+
+    vocab_rows = partition_spec(("vocab", None), table.shape, mesh)
+    in_specs = table_spec, rows(hidden), tuple(map(rows, beside)), (vocab_rows,) * len(fixed)
+    return jax.shard_map(
+        local, in_specs=in_specs, out_specs=jax.sharding.PartitionSpec(), check_vma=False
+    )(table, hidden, beside, fixed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _local_sums(one_chunk, chunk, axes, table, hidden, beside, fixed):
+    table = _gathered(table, hidden.dtype, axes)
+    inputs = _chunks((hidden, *beside), chunk)
+
+    def part(hidden, *beside):
+        return one_chunk(axes, hidden, table, *beside, *fixed)
+
+    first = jax.eval_shape(part, *(x[0] for x in inputs))
     start = tuple(jnp.zeros(x.shape, x.dtype) for x in first)
-    step = jax.checkpoint(one_chunk)
     sums, _ = jax.lax.scan(
-        lambda sums, x: (jax.tree.map(jnp.add, sums, step(*x)), None), start, inputs
+        lambda sums, x: (jax.tree.map(jnp.add, sums, part(*x)), None), start, inputs
     )
     return sums
+
+
+def _local_sums_forward(one_chunk, chunk, axes, *arrays):
+    return _local_sums(one_chunk, chunk, axes, *arrays), arrays
+
+
+def _local_sums_backward(one_chunk, chunk, axes, arrays, d_sums):
+    """The table's gradient is summed over chunks and devices in float32."""
+    shard, hidden, beside, fixed = arrays
+    table = _gathered(shard, hidden.dtype, axes)
+
+    def part(d_table, x):
+        own_hidden, *own_beside = x
+        _, pullback = jax.vjp(
+            lambda hidden, table: one_chunk(axes, hidden, table, *own_beside, *fixed),
+            own_hidden,
+            table,
+        )
+        d_hidden, d_part = pullback(d_sums)
+        return d_table + d_part.astype(jnp.float32), d_hidden
+
+    d_table, d_hidden = jax.lax.scan(
+        part, jnp.zeros(table.shape, jnp.float32), _chunks((hidden, *beside), chunk)
+    )
+    if axes.embed:
+        d_table = jax.lax.psum_scatter(d_table, axes.embed, scatter_dimension=1, tiled=True)
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
+    return d_table.astype(shard.dtype), d_hidden[:, : hidden.shape[1]], None, None
+
+
+_local_sums.defvjp(_local_sums_forward, _local_sums_backward)
+
+
+def _gathered(table: Array, dtype: Any, axes: _Axes) -> Array:
+    table = table.astype(dtype)
+    return jax.lax.all_gather(table, axes.embed, axis=1, tiled=True) if axes.embed else table
+
+
+def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+    """[batch, length, ...] as [chunks, batch, chunk, ...]; the last are padded with zeros."""
+    batch, length = arrays[0].shape[:2]
+    chunk = min(chunk, length)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(cut(x) for x in arrays)
 
 
 def router_loss(aux: AttentionAux, config: OptimizerConfig) -> Float[Array, ""]:

@@ -1,6 +1,7 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +14,18 @@ from jaxtyping import Array
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 
-# Logical axis of a weight or an activation → mesh axes that it is split over.
+# Logical axis of a weight or an activation → mesh axes that it is split over. Where it does not
+# divide over all of them, it is split over the first ones that it divides over.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "sequence": (),
+    "sequence": ("context",),
     "layer": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "norm": (),
     "group": ("tensor",),
     "slot": ("tensor",),  # kept whole where k·G + 2 slots do not divide
     "mlp": ("tensor",),
+    "mlp_rows": ("tensor", "fsdp", "context"),  # of `down`: sums into rows need no transpose
     "vocab": ("tensor",),
 }
 
@@ -40,12 +43,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:
         return _mesh_over_slices(sizes, slices, devices)
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+    shape = tuple(sizes.values())
+    try:
+        array = mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis that is no product of the torus's dimensions
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _mesh_over_slices(sizes: dict[str, int], slices: int, devices: list[jax.Device]) -> Mesh:
@@ -56,9 +59,13 @@ def _mesh_over_slices(sizes: dict[str, int], slices: int, devices: list[jax.Devi
         )
     within = {axis: size // slices if axis == "data" else size for axis, size in sizes.items()}
     between = {axis: slices if axis == "data" else 1 for axis in sizes}
-    array = mesh_utils.create_hybrid_device_mesh(
-        tuple(within.values()), tuple(between.values()), devices
-    )
+    shapes = tuple(within.values()), tuple(between.values())
+    try:
+        array = mesh_utils.create_hybrid_device_mesh(*shapes, devices)
+    except NotImplementedError:
+        array = mesh_utils.create_hybrid_device_mesh(
+            *shapes, devices, allow_split_physical_axes=True
+        )
     return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -70,33 +77,37 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
     """
     model = config.model
     microbatch = config.batch_size // config.accumulation_steps
-    fields = {
-        "batch": ("batch_size / accumulation_steps", microbatch),
-        "embed": ("model.attention.embed_dim", model.embed_dim),
-        "group": ("model.attention.num_kv_heads", model.attention.num_kv_heads),
-        "mlp": ("model.mlp_dim", model.mlp_dim),
-        "vocab": ("model.vocab_size", model.vocab_size),
-    }
-    for axis, (field, size) in fields.items():
-        shards = 1
-        for name in RULES[axis]:
-            shards *= sizes[name]
+    needs = [
+        ("batch_size / accumulation_steps", microbatch, RULES["batch"]),
+        ("model.attention.embed_dim", model.embed_dim, RULES["embed"][:1]),
+        ("model.attention.num_kv_heads", model.attention.num_kv_heads, RULES["group"]),
+        ("model.mlp_dim", model.mlp_dim, RULES["mlp"]),
+        ("model.vocab_size", model.vocab_size, RULES["vocab"]),
+    ]
+    for field, size, names in needs:
+        shards = math.prod(sizes[name] for name in names)
         if size % shards:
-            names = " × ".join(f"mesh.{name}" for name in RULES[axis])
-            raise ConfigError(f"{field} is {size}; it must be a multiple of {names} = {shards}")
+            product = " × ".join(f"mesh.{name}" for name in names)
+            raise ConfigError(f"{field} is {size}; it must be a multiple of {product} = {shards}")
+    halves = 2 * sizes["context"]  # each shard holds an early and a late piece
+    if halves > 2 and config.sequence_length % halves:
+        raise ConfigError(
+            f"sequence_length is {config.sequence_length}; it must be a multiple of 2 × "
+            f"mesh.context = {halves}"
+        )
 
 
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 ) -> PartitionSpec:
-    """The spec of an array with these logical axes; an axis that does not divide stays whole."""
+    """The spec of an array with these logical axes; an axis that does not divide stays whole, and
+    mesh axes of size 1 are not named."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in RULES.get(axis, ()) if name in mesh.shape)
-        shards = 1
-        for name in names:
-            shards *= mesh.shape[name]
-        entries.append(names if names and size % shards == 0 else None)
+        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        entries.append(names or None)
     return PartitionSpec(*entries)
 
 
@@ -144,7 +155,8 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
     They are seldom consecutive: a mesh follows the chips' network, not the order of their hosts.
     """
-    indices = sharding.addressable_devices_indices_map((batch_size, 1))
+    shape = (batch_size, sharding.mesh.size)  # which any split of the sequence divides
+    indices = sharding.addressable_devices_indices_map(shape)
     return np.unique([np.arange(batch_size)[index[0]] for index in indices.values()])
 
 

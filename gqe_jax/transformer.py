@@ -1,5 +1,7 @@
 """The decoder-only language model: pre-norm blocks, stacked along a leading axis and scanned."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,7 @@ from gqe_jax.cache import KVCache
 from gqe_jax.config import ModelConfig
 from gqe_jax.layers import SwiGLU, embedding, rms_norm
 from gqe_jax.sharding import constrain
+from gqe_jax.zigzag import context_shards, from_zigzag, to_zigzag
 
 _REMAT_POLICY = {
     "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -38,6 +41,7 @@ class DecoderBlock(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None,
         cache: KVCache | None,
         return_routing: bool = False,
+        zigzag: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         attended, aux, cache = self.attention(
             self.attention_norm(x),
@@ -45,6 +49,7 @@ class DecoderBlock(nnx.Module):
             segment_ids=segment_ids,
             cache=cache,
             return_routing=return_routing,
+            zigzag=zigzag,
         )
         x = constrain(x + attended, "batch", "sequence", None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
@@ -97,38 +102,49 @@ class Transformer(nnx.Module):
           Hidden states; the layers' aux and caches, each with a leading layer axis; unrolled, a
           list of caches.
         """
+        zigzag = cache is None and context_shards(tokens.shape[1]) > 1
+        if zigzag:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            tokens, positions = to_zigzag(tokens), to_zigzag(positions)
+            segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
         x = constrain(self.embedding(tokens), "batch", "sequence", None)
-        if isinstance(self.layers, nnx.List):
-            aux, written = [], []
-            for i, layer in enumerate(self.layers):
-                x, layer_aux, layer_cache = layer(
-                    x,
-                    positions=positions,
-                    segment_ids=segment_ids,
-                    cache=None if cache is None else cache[i],
-                )
-                aux.append(layer_aux)
-                written.append(layer_cache)
-            aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
-            return self.final_norm(x), aux, None if cache is None else written
+        given = {"positions": positions, "segment_ids": segment_ids, "zigzag": zigzag}
+        given["return_routing"] = return_routing
+        blocks = self._in_turn if isinstance(self.layers, nnx.List) else self._scanned
+        x, aux, cache = blocks(x, cache, **given)
+        if zigzag:
+            x = from_zigzag(x)
+            routing = {
+                name: from_zigzag(array, "layer", "batch", "sequence", "group", None)
+                for name in ("router_probs", "expert_index")
+                if (array := getattr(aux, name)) is not None
+            }
+            aux = dataclasses.replace(aux, **routing)
+        return self.final_norm(x), aux, cache
+
+    def _in_turn(self, x, cache, **given):
+        aux, written = [], []
+        for i, layer in enumerate(self.layers):
+            x, layer_aux, layer_cache = layer(x, cache=None if cache is None else cache[i], **given)
+            aux.append(layer_aux)
+            written.append(layer_cache)
+        aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+        return x, aux, None if cache is None else written
+
+    def _scanned(self, x, cache, **given):
         graphdef, params = nnx.split(self.layers)
 
         def block(x, layer):
             params, cache = layer
-            x, aux, cache = nnx.merge(graphdef, params)(
-                x,
-                positions=positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                return_routing=return_routing,
-            )
+            x, aux, cache = nnx.merge(graphdef, params)(x, cache=cache, **given)
             return x, (aux, cache)
 
         if self.config.remat != "keep_everything":
             policy = _REMAT_POLICY[self.config.remat]
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
         x, (aux, cache) = jax.lax.scan(block, x, (params, cache))
-        return self.final_norm(x), aux, cache
+        return x, aux, cache
 
     @property
     def logit_table(self) -> Float[Array, "vocab embed"]:

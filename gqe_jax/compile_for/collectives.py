@@ -45,17 +45,18 @@ def collectives(
 ) -> list[Collective]:
     """All collectives of a program that was compiled for a mesh, whose first axis has the slices.
 
-    One that runs beside other work is written in each of the fusions it accompanies, always with
-    the same channel; it counts once.
+    One that runs beside other work is written in each of the fusions it accompanies, as links of a
+    chain that has a number; it counts once.
     """
     found = []
     for computation, times in program.runs():
         seen = set()
         for x, scatters in _within(program, computation, False):
-            channel = x.opcode == "send", x.text("channel_id") or x.name
-            if channel in seen:
-                continue
-            seen.add(channel)
+            chain = re.search(r'chain_id="(\d+)"', x.attributes)
+            if chain:
+                if chain[1] in seen:
+                    continue
+                seen.add(chain[1])
             if x.opcode == "send":
                 found.append(_between_slices(x, num_slices, times, mesh_shape))
                 continue

@@ -1,6 +1,7 @@
 """Tries shapes of the mesh and ranks them by the estimate."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -17,25 +18,25 @@ _STATE_BYTES = 16
 def shapes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
     """The meshes that the configuration divides over and whose state fits, the least split first.
 
-    Copies need to exchange only gradients, shards of the state their weights as well, and tensor
-    parallelism activations; so the cheaper kinds come first.
+    Copies need to exchange only gradients, shards of the state their weights as well, shards of the
+    sequence their keys and values too, and tensor parallelism activations; so the cheaper kinds
+    come first.
     """
     devices = len(topology.devices)
     num_parameters = count_parameters(config.model)
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for tensor in divisors:
-        for fsdp in (n for n in divisors if devices // tensor % n == 0):
-            data = devices // tensor // fsdp
-            if num_parameters * _STATE_BYTES > topology.chip.hbm_bytes * fsdp * tensor:
-                continue
-            if data % topology.num_slices:
-                continue
-            mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
-            try:
-                check_divides(config, mesh.resolve(devices))
-            except ConfigError:
-                continue
-            yield mesh
+    for tensor, context, fsdp in itertools.product(divisors, repeat=3):
+        shards = tensor * context * fsdp
+        if devices % shards or devices // shards % topology.num_slices:
+            continue
+        if num_parameters * _STATE_BYTES > topology.chip.hbm_bytes * shards:
+            continue
+        mesh = MeshConfig(data=devices // shards, fsdp=fsdp, context=context, tensor=tensor)
+        try:
+            check_divides(config, mesh.sizes)
+        except ConfigError:
+            continue
+        yield mesh
 
 
 def sweep(

@@ -86,15 +86,21 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            within = _arrays_of_jaxpr(traced.jaxpr.jaxpr).items()
-            shape, state = dict(mesh.shape), _shards(arguments)
-            refusal = _refusal(config, topology, shape, str(error), state, within)
+            sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
+            lack = f"it takes {sized[1]} of {sized[2]}" if sized else str(error).splitlines()[0]
+            within = _arrays_of_jaxpr(traced.jaxpr.jaxpr, mesh.size).items()
+            refusal = _refusal(config, topology, dict(mesh.shape), lack, _shards(arguments), within)
             raise DoesNotFitError(refusal) from error
     seconds = time.perf_counter() - begun
     program = hlo.parse(compiled.as_text())
     stats = compiled.memory_analysis()
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    if peak > topology.chip.hbm_bytes:  # the compiler lets a little more than there is pass
+        lack = f"it takes {peak / GIB:.1f} GiB of {topology.chip.hbm_bytes / GIB:.0f} GiB"
+        within = _largest_of_program(program)
+        refusal = _refusal(config, topology, dict(mesh.shape), lack, _shards(arguments), within)
+        raise DoesNotFitError(refusal)
     memory = Memory(
         parameters=sum(size for _, size in _shards(abstract.params)),
         optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
@@ -168,29 +174,30 @@ def _largest_of_program(program: hlo.Program, most: int = 6) -> Iterator[tuple[s
     yield from sorted(sizes.items(), key=lambda item: -item[1])[:most]
 
 
-def _arrays_of_jaxpr(jaxpr: Any) -> dict[str, int]:
-    """Every array that a program computes, before it is split over devices, and its bytes."""
+def _arrays_of_jaxpr(jaxpr: Any, parts: int) -> dict[str, float]:
+    """Every array that a program computes, and its bytes in each of `parts` equal parts.
+
+    What is not yet split when it is traced may be split less; inside `shard_map` arrays are parts.
+    """
     sizes = {}
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             aval = variable.aval
             if hasattr(aval, "shape") and hasattr(aval.dtype, "itemsize"):
                 name = f"{equation.primitive.name} {aval.dtype}{list(aval.shape)}"
-                sizes[name] = math.prod(aval.shape) * aval.dtype.itemsize
+                name += ", if split over all chips" if parts > 1 else ""
+                sizes[name] = math.prod(aval.shape) * aval.dtype.itemsize / parts
+        within = 1 if equation.primitive.name == "shard_map" else parts
         for value in jax.tree.leaves(tuple(equation.params.values())):
             inner = getattr(value, "jaxpr", value)  # closed, or open
             if hasattr(inner, "eqns"):
-                sizes |= _arrays_of_jaxpr(inner)
+                sizes |= _arrays_of_jaxpr(inner, within)
     return sizes
 
 
-def _refusal(config, topology, mesh, error: str, state, within) -> str:
-    devices = math.prod(mesh.values())
-    sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", error)
-    lack = f"it takes {sized[1]} of {sized[2]}" if sized else error.splitlines()[0]
+def _refusal(config, topology, mesh, lack: str, state, within) -> str:
     lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays are"]
-    shares = [(f"{name}, if split over all chips", size / devices) for name, size in within]
-    for title, arrays in (("what the step is given", state), ("what it computes", shares)):
+    for title, arrays in (("what the step is given", state), ("what it computes", within)):
         lines.append(f"  of {title}:")
         for name, size in sorted(arrays, key=lambda item: -item[1])[:4]:
             lines.append(f"    {size / GIB:8.2f} GiB  {name}")
@@ -211,6 +218,8 @@ def remedies(config: RunConfig, mesh: dict[str, int]) -> list[str]:
         found.append(f"--model.remat keep_nothing (now {config.model.remat})")
     if mesh["data"] > 1:
         found.append(f"a larger --mesh.fsdp (now {mesh['fsdp']}, with {mesh['data']} copies)")
+    if config.sequence_length % (4 * mesh["context"]) == 0:
+        found.append(f"a larger --mesh.context (now {mesh['context']})")
     if mesh["tensor"] < config.model.attention.num_kv_heads:
         found.append(f"a larger --mesh.tensor (now {mesh['tensor']})")
     return [*found, f"a shorter --sequence-length (now {config.sequence_length})", "more chips"]

@@ -70,7 +70,12 @@ def test_a_mesh_that_does_not_fit_is_named(sizes, devices, message):
 
 
 def test_mesh_fills_up():
-    assert MeshConfig(data=-1, tensor=2).resolve(8) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert MeshConfig(data=-1, tensor=2).resolve(8) == {
+        "data": 4,
+        "fsdp": 1,
+        "context": 1,
+        "tensor": 2,
+    }
 
 
 def test_head_dim_follows_embed_dim_unless_given():

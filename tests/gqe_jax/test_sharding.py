@@ -29,7 +29,7 @@ def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor():
 
 
 def test_slots_that_do_not_divide_stay_whole():
-    steps = make_steps(TINY, make_mesh(MeshConfig(data=2, tensor=4)))
+    steps = make_steps(TINY, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
     layout = steps.state_sharding.params["layers"]["attention"]["out"]["kernel"]
     assert layout.get_value().spec == PartitionSpec(None, None, None, ("fsdp",))
 
@@ -72,11 +72,12 @@ def test_a_host_of_a_pod_feeds_rows_that_are_not_consecutive():
     """On a 4 x 4 network whose hosts have 2 x 2 chips each."""
     devices = [SimpleNamespace(host=2 * (i // 8) + i % 4 // 2) for i in range(16)]
     sharding = SimpleNamespace(
+        mesh=SimpleNamespace(size=16),
         addressable_devices_indices_map=lambda shape: {
             i: (slice(2 * i, 2 * i + 2), slice(None))
             for i, device in enumerate(devices)
             if device.host == 1
-        }
+        },
     )
     np.testing.assert_array_equal(local_rows(sharding, 32), [4, 5, 6, 7, 12, 13, 14, 15])
 
