@@ -1,6 +1,9 @@
 """Eight simulated devices for every test, programs compiled fast, a reason for those on a GPU."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # The tests spend their time on compiling, not on running what was compiled.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -10,6 +13,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
     ]
 ).strip()
+# What one test compiles, another, or a run that is started again, need not: the test run has a
+# cache of programs, which its processes share.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gqe-jax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # There is no metadata server to ask where no TPU is, and the workers of pytest-xdist each load
 # libtpu, which compiles for chips that are not here.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
