@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,34 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
 from gqe_kernels.pieces import by_pieces
 
-RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu"]
-DenseImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "cudnn"]
+RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu"]
+DenseImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu", "cudnn"]
+
+
+def _on_hopper(name: str) -> Callable[..., Array]:
+    """A function of `gqe_kernels.pallas_gpu`, which imports Mosaic GPU when it is first called."""
+
+    def call(*operands: Array | None, **masking: Any) -> Array:
+        from gqe_kernels import pallas_gpu
+
+        return getattr(pallas_gpu, name)(*operands, **masking)
+
+    return by_pieces(call)
+
 
 _ROUTED = {
     "reference": by_pieces(reference.routed_attention),
     "xla": by_pieces(xla.routed_attention),
     "decode": by_pieces(decode.routed_attention),
     "pallas_tpu": pallas_tpu.routed_attention,
+    "pallas_gpu": _on_hopper("routed_attention"),
 }
 _DENSE = {
     "reference": by_pieces(reference.dense_attention),
     "xla": by_pieces(xla.dense_attention),
     "decode": by_pieces(decode.dense_attention),
     "pallas_tpu": pallas_tpu.dense_attention,
+    "pallas_gpu": _on_hopper("dense_attention"),
     "cudnn": cudnn.dense_attention,
 }
 
@@ -67,9 +82,10 @@ def routed_attention(
         batch: chunked prefill and decoding. [batch, piece]: the queries are so many pieces of one
         length, each at its own position, in ascending order: a part of a longer sequence.
       implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
-        (whole logits; keys and values are read once) or "pallas_tpu" (a TPU kernel). None: "decode"
-        for a single query; else, when lowered for TPU, "pallas_tpu" where it takes the arguments;
-        "xla" otherwise.
+        (whole logits; keys and values are read once), "pallas_tpu" (a TPU kernel) or "pallas_gpu"
+        (a kernel for Hopper GPUs, by name only: no GPU has run it yet). None: "decode" for a single
+        query; else, when lowered for TPU, "pallas_tpu" where it takes the arguments; "xla"
+        otherwise.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -156,9 +172,10 @@ def dense_attention(
       key, value: one head for each group.
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
       implementation: "reference", "xla" (linear memory), "decode" (whole logits), "pallas_tpu" (the
-        routed kernel with every expert chosen) or "cudnn" (through
-        `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when lowered for
-        TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments; "xla" otherwise.
+        routed kernel with every expert chosen), "pallas_gpu" (as for `routed_attention`) or "cudnn"
+        (through `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when
+        lowered for TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments; "xla"
+        otherwise.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.

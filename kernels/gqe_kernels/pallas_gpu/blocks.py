@@ -1,0 +1,36 @@
+"""Block sizes of the GPU kernels: defaults by head_dim."""
+
+import dataclasses
+
+WARPGROUPS = 2  # that compute; a third fetches
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of queries and of keys that a warpgroup works on, and how many blocks wait in memory.
+
+    Args:
+      q: rows of queries of each of the two warpgroups; a multiple of 64, the rows of a wgmma.
+      kv: rows of keys in a step of the forward pass and of dQ.
+      stages: blocks of keys and values in shared memory.
+      backward_kv: rows of keys of each warpgroup of the kernel of dK and dV.
+      backward_q: rows of queries in a step of it.
+      staged: products take no operand from registers; for jax's interpreter, which cannot.
+    """
+
+    q: int = 64
+    kv: int = 128
+    stages: int = 2
+    backward_kv: int = 64
+    backward_q: int = 64
+    staged: bool = False
+
+    def __post_init__(self):
+        for name in ("q", "kv", "backward_kv", "backward_q"):
+            if (rows := getattr(self, name)) <= 0 or rows % 64:
+                raise ValueError(f"BlockSizes.{name} is {rows}; it must be a multiple of 64")
+        if self.stages < 2:
+            raise ValueError(f"BlockSizes.stages is {self.stages}; it must be at least 2")
+
+
+DEFAULTS = {64: BlockSizes(stages=4), 128: BlockSizes()}

@@ -1,0 +1,133 @@
+"""The GPU kernels keep the contract in the interpreter and on a GPU, and compile for an H200."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gqe_kernels import pallas_gpu, routed_attention
+from gqe_kernels.pallas_gpu import attention
+from tests.gqe_kernels.contract import CASES, Case, RoutedAttentionContract, make_inputs
+
+TAKEN = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """jax's interpreter, with scratch memory full of NaNs and blocks that it can take."""
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("jax has an interpreter of Mosaic GPU from 0.12 on")
+    small = pallas_gpu.BlockSizes(kv=64, staged=True)
+    monkeypatch.setattr(attention, "block_sizes", lambda _: small)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+class TestInterpreted(RoutedAttentionContract):
+    implementation = "pallas_gpu"
+    dtype = jnp.bfloat16
+    base = Case(batch=1, head_dim=64)
+    float32_cases = ()
+    bfloat16_cases = (
+        Case(batch=1, q_len=300, group=1, head_dim=64),
+        Case(batch=1, q_len=150, group=1, head_dim=128, expert=4, k=2, segments="packed"),
+        Case(head_dim=64, causal=False, kv_len=37, shared="given"),
+        Case(head_dim=64, q_len=5, kv_len=24, q_offset=(3, 19), segments="padded"),
+        Case(batch=1, head_dim=64, q_len=8, kv_len=24, q_offset=-4, shared=None, weighted=False),
+    )
+
+
+@pytest.mark.gpu
+class TestOnTheChip(RoutedAttentionContract):
+    implementation = "pallas_gpu"
+    dtype = jnp.bfloat16
+    base = Case(head_dim=64)
+    float32_cases = ()
+    bfloat16_cases = (
+        *TAKEN,
+        Case(batch=1, q_len=1000, group=4, head_dim=128, segments="packed"),
+        Case(batch=1, q_len=2048, group=2, head_dim=128),
+        Case(batch=1, q_len=2048, group=2, head_dim=64),
+    )
+
+
+@pytest.fixture(scope="module")
+def report():
+    """ptxas's report of each kernel, by name and head_dim."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("needs the CUDA plugin, of the extra: pip install -e '.[cuda]'")
+    found = subprocess.run(
+        [sys.executable, "-m", "kernels.benchmarks.gpu_compile"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_compiled_for_an_h200_nothing_is_serialised_and_little_spilled(report):
+    cells = [[cell.strip() for cell in line.split("|")] for line in report.splitlines()]
+    rows = [row[1:-1] for row in cells if len(row) > 1 and row[1].startswith("gqe_")]
+    assert len(rows) == 12  # three kernels, two head_dims, with segments and without
+    for name, head_dim, _, _, spilled, serialised in rows:
+        assert serialised == "no", name
+        # dK and dV at 128 hold two sums of 64 registers each beside the tile.
+        most = 32 if (name, head_dim) == ("gqe_backward_keys", "128") else 0
+        assert int(spilled) <= most, (name, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "reason"),
+    [
+        ("float32", {}, "query: dtype float32, where bfloat16 or float16"),
+        ("bfloat16", {"head_dim": 32}, "query: head_dim 32, where 64 or 128"),
+        ("bfloat16", {"scale": -1.0}, "scale: -1.0, where a positive"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
+    arrays, masking = make_inputs(Case(**({"head_dim": 64} | changes)))
+    arrays = {n: a if n == "expert_index" else jnp.asarray(a, dtype) for n, a in arrays.items()}
+    with pytest.raises(NotImplementedError, match=reason):
+        routed_attention(**arrays, **masking, implementation="pallas_gpu")
+
+
+def test_block_sizes_are_checked():
+    with pytest.raises(ValueError, match=r"BlockSizes\.kv is 100; it must be a multiple of 64"):
+        pallas_gpu.BlockSizes(kv=100)
+    with pytest.raises(ValueError, match=r"BlockSizes\.stages is 1; it must be at least 2"):
+        pallas_gpu.BlockSizes(stages=1)
+
+
+def test_tables_bound_what_the_mask_shows():
+    from gqe_kernels.pallas_gpu.tables import Masking, visited
+    from tests import oracle
+
+    rng = np.random.default_rng(0)
+    segment = np.sort(rng.integers(1, 5, (2, 256)), axis=1).astype(np.int32)
+    segment[:, 240:] = 0
+    offset = np.array([0, 64], np.int32)
+    for ids in (None, segment):
+        masking = Masking(jnp.asarray(offset), ids, ids)
+        lengths, rows = (250, 250), (64, 32)
+        for outer in ("q", "kv"):
+            table = visited(masking, causal=True, lengths=lengths, rows=rows, outer=outer)
+            for b in range(2):
+                position = offset[b] + np.arange(256)
+                segments = (None, None) if ids is None else (ids[b], ids[b])
+                seen = oracle.visible(position, 256, True, *segments)[:250, :250]
+                blocks = np.pad(seen, 6)[6:262, 6:262].reshape(4, 64, 8, 32).any(axis=(1, 3))
+                blocks = blocks if outer == "q" else blocks.T
+                for i, row in enumerate(blocks):
+                    inside = np.arange(len(row))
+                    inside = (inside >= table[b, i, 0]) & (inside < table[b, i, 1])
+                    assert not (row & ~inside).any()
