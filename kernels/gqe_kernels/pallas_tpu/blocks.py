@@ -112,15 +112,35 @@ def lowered_chip() -> str | None:
 def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int) -> int:
     """Bytes that the hungriest of the kernels holds: its blocks twice, for the pipeline, and its
     scratch."""
-    launches, num_q = blocks.backward_launches(layout, -(-q_len // blocks.backward_q))
-    heads, row = layout.heads, layout.row
-    kv_row = layout.group * layout.head_dim + layout.shared * row
+    return max(
+        _forward_bytes(layout, blocks, itemsize), _backward_bytes(layout, blocks, q_len, itemsize)
+    )
+
+
+_NARROW = 4 * LANES * 4  # a row's index, weights, segments and logsumexp, each padded to 128 lanes
+
+# Of registers, by each head's code. Nine heads find room within the estimate, 17 on a v5p do not.
+_SPILLED = 256 * 2**10
+
+
+def _widths(layout: Layout) -> tuple[int, int, int]:
+    """Lanes of a row of keys, of queries and of slots."""
+    kv_row = layout.group * layout.head_dim + layout.shared * layout.row
     q_row = layout.group * layout.expert * layout.head_dim
-    slots = layout.slots * layout.head_dim
-    narrow = 4 * LANES * 4  # index, weights, segments and logsumexp, each padded to 128 lanes
-    tile = blocks.q * blocks.kv * 4
-    forward = 2 * itemsize * (blocks.q * (q_row + slots) + 2 * blocks.kv * kv_row)
-    forward += blocks.q * (2 * narrow + heads * (row * (itemsize + 4) + 2 * LANES * 4)) + 3 * tile
+    return kv_row, q_row, layout.slots * layout.head_dim
+
+
+def _forward_bytes(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+    kv_row, q_row, slots = _widths(layout)
+    scratch = layout.heads * (layout.row * (itemsize + 4) + 2 * LANES * 4)
+    moved = 2 * itemsize * (blocks.q * (q_row + slots) + 2 * blocks.kv * kv_row)
+    return moved + blocks.q * (2 * _NARROW + scratch) + 3 * blocks.q * blocks.kv * 4
+
+
+def _backward_bytes(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int) -> int:
+    launches, num_q = blocks.backward_launches(layout, -(-q_len // blocks.backward_q))
+    kv_row, q_row, slots = _widths(layout)
+    heads, row = layout.heads, layout.row
     backward_q, backward_kv = blocks.backward_q, blocks.backward_kv
     prepare = 2 * itemsize * backward_q * (q_row + 2 * slots + 2 * heads * row)
     backward = 2 * itemsize * backward_q * (2 * heads * row + q_row)
@@ -128,7 +148,7 @@ def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int)
     backward += 2 * backward_kv * kv_row * (2 * itemsize + 2 * 4 + sums)
     backward += backward_kv * kv_row * (2 * 4 + itemsize) + 4 * backward_q * backward_kv * 4
     backward += num_q * heads * row * backward_q * 4
-    return max(forward, prepare + 2 * backward_q * narrow, backward + 2 * backward_q * narrow)
+    return max(prepare, backward) + 2 * backward_q * _NARROW + max(0, heads - 10) * _SPILLED
 
 
 def default_block_sizes(
@@ -156,17 +176,25 @@ def default_block_sizes(
             rows -= LANES
         return rows
 
+    def sizes(q: int, kv: int, most: int) -> tuple[int, int]:
+        return fit_q(min(q, most)), fit(min(kv, most), kv_len)
+
+    for most in (512, 256, 128):
+        q, kv = sizes(blocks.q, blocks.kv, most)
+        strip = blocks.strip if q % blocks.strip == 0 else LANES
+        forward = dataclasses.replace(blocks, q=q, kv=kv, strip=strip)
+        if _forward_bytes(layout, forward, itemsize) <= blocks.vmem_bytes:
+            break
+    else:
+        return None
     for most, quarters in itertools.product((512, 256, 128), (4, 3, 2, 1)):
-        q, kv = fit_q(min(blocks.q, most)), fit(min(blocks.kv, most), kv_len)
-        sized = dataclasses.replace(
-            blocks,
-            q=q,
-            kv=kv,
-            strip=blocks.strip if q % blocks.strip == 0 else LANES,
-            backward_q=fit_q(min(blocks.backward_q, most)),
-            backward_kv=fit(min(blocks.backward_kv, most), kv_len),
+        q, kv = sizes(blocks.backward_q, blocks.backward_kv, most)
+        both = dataclasses.replace(
+            forward,
+            backward_q=q,
+            backward_kv=kv,
             d_query_bytes=blocks.d_query_bytes * quarters // 4,
         )
-        if vmem_estimate(layout, sized, q_len, itemsize) <= blocks.vmem_bytes:
-            return sized
+        if _backward_bytes(layout, both, q_len, itemsize) <= blocks.vmem_bytes:
+            return both
     return None
