@@ -1,0 +1,203 @@
+"""The results as JSON: written whole after every case, and gone on with by the next run."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from gqe_jax.storage import write_whole
+from gqe_jax.telemetry import peak_flops
+from kernels.benchmarks.speed.cases import Case
+from kernels.benchmarks.speed.contenders import sides
+from kernels.benchmarks.speed.timing import Outcome, spread
+
+PACKAGES = ("jax", "jaxlib", "flax", "tokamax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+PEERS_KEPT = 2  # of the op's dense kernels, at the levels above it
+
+
+class DocumentError(ValueError):
+    """A file of results that a run cannot go on with."""
+
+
+def header(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What all cases of a file have in common."""
+    device = jax.devices()[0]
+    return {
+        "command": command,
+        "device": device.device_kind,
+        "platform": device.client.platform_version.strip(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "settings": dict(settings),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def load(path: pathlib.Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """The document at `path`, or a new one.
+
+    Raises:
+      DocumentError: the file is none, or of another device, versions or settings.
+    """
+    if not path.exists():
+        return {**head, "cases": []}
+    try:
+        document = json.loads(path.read_text())
+        cases = {case["case"]: case for case in document["cases"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DocumentError(
+            f"{path} holds no results of this benchmark ({error!r}); name another file with --json"
+        ) from error
+    for field in ("device", "platform", "versions", "settings"):
+        if document.get(field) != head[field]:
+            raise DocumentError(
+                f"{field} is {document.get(field)!r} in {path} and {head[field]!r} here; name "
+                "another file with --json, or delete this one"
+            )
+    return {**head, "cases": list(cases.values())}
+
+
+def save(path: pathlib.Path, document: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    write_whole(path, json.dumps(document, indent=1) + "\n")
+
+
+def best_options(document: Mapping[str, Any], case: Case) -> dict[str, dict[str, Any]]:
+    """The options of the fastest dense kernels of the op that this case's layers call, by name.
+
+    Empty where that op has not been timed.
+    """
+    same = {"level": "op"} | {
+        name: getattr(case, name) for name in ("training", "length", "batch", "head_dim", "top_k")
+    }
+    for record in document["cases"]:
+        if all(record[name] == value for name, value in same.items()):
+            timed = [
+                one for one in record["contenders"] if one["side"] == "dense" and one["seconds"]
+            ]
+            timed.sort(key=lambda one: one["seconds"]["median"])
+            return {one["name"]: one["options"] for one in timed[:PEERS_KEPT]}
+    return {}
+
+
+def record(case: Case, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """A case as JSON has it.
+
+    Args:
+      outcomes: of its contenders and of the matrix product.
+      seconds: that all of it took.
+    """
+    (yardstick,) = (one for one in outcomes if one.contender.side == "matmul")
+    rate = None
+    if yardstick.seconds:
+        rate = yardstick.contender.flops / statistics.median(yardstick.seconds)
+    entries, best = [], {}
+    for side in sides(case):
+        of_side = [outcome for outcome in outcomes if outcome.contender.side == side]
+        reference = next((one for one in of_side if one.contender.name == "xla"), None)
+        for name in dict.fromkeys(outcome.contender.name for outcome in of_side):
+            same = [outcome for outcome in of_side if outcome.contender.name == name]
+            entries.append(_entry(case, same, rate, reference))
+        timed = [outcome for outcome in of_side if outcome.seconds]
+        if timed:
+            best[side] = min(timed, key=lambda one: statistics.median(one.seconds))
+    ratio = None
+    if len(best) == 2:
+        first, second = (best[side].seconds for side in sides(case))
+        ratio = spread([b / a for a, b in zip(first, second, strict=True)])
+    return {
+        "case": case.name,
+        "level": case.level,
+        "training": case.training,
+        "length": case.length,
+        "batch": case.batch,
+        "head_dim": case.head_dim,
+        "top_k": case.top_k,
+        "experts_per_group": case.experts_per_group,
+        "matmul_tflops": rate and rate / 1e12,
+        "best": {side: outcome.contender.name for side, outcome in best.items()},
+        "ratio": ratio,
+        "contenders": entries,
+        "took_seconds": round(seconds, 1),
+    }
+
+
+def _entry(
+    case: Case, same: Sequence[Outcome], rate: float | None, reference: Outcome | None
+) -> dict[str, Any]:
+    """A contender with the options that were kept, and what became of the others."""
+    kept = min(same, key=lambda one: (not one.seconds, one.screened is None, one.screened or 0.0))
+    one = kept.contender
+    entry = {
+        "name": one.name,
+        "side": one.side,
+        "options": dict(one.options),
+        "error": kept.error,
+        "screened_seconds": kept.screened,
+        "seconds": spread(kept.seconds) if kept.seconds else None,
+        "tflops": None,
+        "share_of_matmul": None,
+        "memory_bytes": kept.memory,
+        "deviation": _deviation(kept, reference),
+        "tried": [
+            {"options": dict(o.contender.options), "error": o.error, "seconds": o.screened}
+            for o in same
+            if o is not kept
+        ],
+    }
+    if kept.seconds:
+        median = entry["seconds"]["median"]
+        entry["tflops"] = one.flops / median / 1e12
+        entry["share_of_matmul"] = rate and one.flops / median / rate
+        if case.level in ("model", "step"):
+            entry["tokens_per_second"] = case.batch * case.length / median
+            peak = peak_flops(jax.devices()[0])
+            entry["model_flops_utilisation"] = peak and one.flops / median / peak
+    return entry
+
+
+def _deviation(outcome: Outcome, reference: Outcome | None) -> float | None:
+    """The largest difference of the results from those of `xla`, as a share of the largest."""
+    if outcome.slots is None or reference is None or reference.slots is None:
+        return None
+    ours, theirs = (np.asarray(one.slots, np.float32) for one in (outcome, reference))
+    return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+
+
+def row(case: Mapping[str, Any]) -> str:
+    """A line of the table that is printed."""
+    by_side = {}
+    for side, name in case["best"].items():
+        by_side[side] = next(
+            one for one in case["contenders"] if (one["side"], one["name"]) == (side, name)
+        )
+    cells = [case["case"]]
+    for one in by_side.values():
+        share = "" if one["share_of_matmul"] is None else f", {one['share_of_matmul']:.0%}"
+        cells.append(
+            f"{one['name']} {1e3 * one['seconds']['median']:.3g} ms, "
+            f"{one['tflops']:.3g} TFLOP/s{share}"
+        )
+    cells += ["none ran"] * (3 - len(cells))
+    ratio = case["ratio"]
+    cells.append("" if ratio is None else f"{ratio['median']:.2f}")
+    cells.append("" if ratio is None else f"{ratio['q1']:.2f} to {ratio['q3']:.2f}")
+    failed = [one["name"] for one in case["contenders"] if one["error"] is not None]
+    cells.append(", ".join(failed))
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADING = (
+    "| case | GQE (selected): kernel, time, rate, share of a matrix product's "
+    "| dense (all) | ratio | its quartiles | failed |\n|---|---|---|---|---|---|"
+)

@@ -1,0 +1,198 @@
+"""Compiles contenders, finds the best options of each, and times them in turn."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SCREEN = 3  # calls of a contender after its first, of which the fastest decides whether it stays
+HOPELESS = 2.0  # times the best of its side: such a contender is not timed further
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+      name: of the kernel or implementation.
+      side: contenders of one side compete; a case's ratio is that of its sides' best.
+      lower: traces and lowers a program that does the work so many times over.
+      arguments: of the program.
+      flops: of the work done once.
+      options: the contender's block sizes, say. Contenders that differ in these alone are one, of
+        which the fastest is kept.
+      stateful: the first argument is donated, and replaced by the first result.
+      slots: from the result to what is compared with other contenders' of the same side.
+    """
+
+    name: str
+    side: str
+    lower: Callable[[int], jax.stages.Lowered]
+    arguments: tuple[Any, ...]
+    flops: float
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stateful: bool = False
+    slots: Callable[[Any], jax.Array] | None = None
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a contender.
+
+    Attributes:
+      error: why it did not run.
+      screened: seconds, from the trials before the rounds.
+      seconds: of each round; none where it was hopeless.
+      memory: bytes of the program's arguments, results and temporaries.
+      slots: its result.
+      run: takes one measurement.
+    """
+
+    contender: Contender
+    error: str | None = None
+    screened: float | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    memory: int | None = None
+    slots: jax.Array | None = None
+    run: Callable[[], float] | None = None
+
+
+def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """`function`, done `times` times in one program, so that launching it costs next to nothing.
+
+    Each time waits for a number of the result before, through a barrier that XLA cannot look into,
+    or it would do the work once. The program returns the last result, and the sum of these numbers.
+    """
+
+    def run(*arguments):
+        def again(_, carry):
+            out, total = carry
+            number = jax.tree.leaves(out)[0].reshape(-1)[0].astype(jnp.float32)
+            tied, number = jax.lax.optimization_barrier((arguments, number))
+            return function(*tied), total + number
+
+        if times == 1:
+            return function(*arguments), jnp.zeros(())
+        like = jax.eval_shape(function, *arguments)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), jnp.zeros(())
+        return jax.lax.fori_loop(0, times, again, start)
+
+    return run
+
+
+def time_contenders(
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    seconds: float,
+    flops_per_second: float,
+    progress: Callable[[str], None],
+) -> list[Outcome]:
+    """Times all contenders that run, in turn.
+
+    Args:
+      seconds: that one measurement of one contender should take.
+      flops_per_second: a guess of their speed.
+      progress: called with what is under way.
+
+    Returns:
+      One outcome for each contender; of those that differ in their options alone, only the fastest
+      has rounds.
+    """
+    times = [_times(one, seconds, flops_per_second) for one in contenders]
+    outcomes = []
+    lowered = []
+    for number, (one, repeats) in enumerate(zip(contenders, times, strict=True), 1):
+        progress(f"compiling {number}/{len(contenders)}: {one.name}")
+        outcome = Outcome(one)
+        outcomes.append(outcome)
+        lowered.append(_attempt(outcome, lambda o=one, n=repeats: o.lower(n)))
+    with ThreadPoolExecutor(8) as pool:
+        compiled = list(
+            pool.map(
+                lambda pair: pair[1] and _attempt(pair[0], pair[1].compile),
+                zip(outcomes, lowered, strict=True),
+            )
+        )
+    for number, (outcome, program) in enumerate(zip(outcomes, compiled, strict=True), 1):
+        if program is not None:
+            progress(f"trying {number}/{len(outcomes)}: {outcome.contender.name}")
+            _attempt(outcome, lambda o=outcome, p=program, n=times[number - 1]: _screen(o, p, n))
+    chosen = _chosen(outcomes)
+    for number in range(rounds):
+        progress(f"round {number + 1}/{rounds}")
+        start = number % max(1, len(chosen))
+        for outcome in chosen[start:] + chosen[:start]:
+            outcome.seconds.append(outcome.run())
+    return outcomes
+
+
+def _times(contender: Contender, seconds: float, flops_per_second: float) -> int:
+    return max(1, min(100, round(seconds * flops_per_second / contender.flops)))
+
+
+def _attempt(outcome: Outcome, function: Callable[[], Any]) -> Any:
+    """What `function` returns; None, and the outcome's error, if it fails.
+
+    Other people's kernels fail in ways of their own, which is a result like any other.
+    """
+    try:
+        return function()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        outcome.error = f"{type(error).__name__}: {lines[0]}"[:500]
+        outcome.run = outcome.slots = None
+        return None
+
+
+def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> None:
+    contender = outcome.contender
+    stats = program.memory_analysis()
+    if stats is not None:
+        outcome.memory = stats.argument_size_in_bytes + stats.output_size_in_bytes
+        outcome.memory += stats.temp_size_in_bytes - stats.alias_size_in_bytes
+    arguments = list(contender.arguments)
+
+    def run() -> tuple[float, Any]:
+        start = time.perf_counter()
+        for _ in range(repeats if contender.stateful else 1):
+            result = program(*arguments)
+            if contender.stateful:
+                arguments[0] = result[0]
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / repeats, result
+
+    _, result = run()
+    if contender.slots is not None:
+        outcome.slots = contender.slots(result[0])
+    del result
+    outcome.screened = min(run()[0] for _ in range(SCREEN))
+    outcome.run = lambda: run()[0]
+
+
+def _chosen(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The fastest of each name, but for those without hope."""
+    ran = [outcome for outcome in outcomes if outcome.run is not None]
+    best: dict[tuple[str, str], Outcome] = {}
+    of_side: dict[str, float] = {}
+    for outcome in ran:
+        side, key = outcome.contender.side, (outcome.contender.side, outcome.contender.name)
+        if key not in best or outcome.screened < best[key].screened:
+            best[key] = outcome
+        of_side[side] = min(of_side.get(side, outcome.screened), outcome.screened)
+    return [
+        outcome
+        for (side, _), outcome in best.items()
+        if outcome.screened <= HOPELESS * of_side[side]
+    ]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return dict(zip(("q1", "median", "q3"), quartiles, strict=True))

@@ -1,0 +1,42 @@
+"""Floating-point operations that the answer needs: a multiply and an add are two.
+
+Only what is unmasked and active counts, and nothing twice: a kernel that computes a logit again in
+its backward pass gets no credit for it.
+"""
+
+from gqe_jax.config import AttentionConfig, ModelConfig
+from gqe_jax.transformer import matmul_flops_per_token
+
+
+def attention(heads: int, head_dim: int, length: int, batch: int, *, training: bool) -> int:
+    """Of causal attention by `heads` heads.
+
+    Two products for each pair of a query and a key that it sees; backward five more: the logits
+    again, dV, dP, dQ and dK.
+    """
+    pairs = length * (length + 1) // 2
+    return 2 * (7 if training else 2) * head_dim * pairs * heads * batch
+
+
+def layer(config: AttentionConfig, length: int, batch: int, *, training: bool) -> int:
+    """Of an attention layer: its projections, router and heads."""
+    embed, head_dim = config.embed_dim, config.resolved_head_dim
+    columns = head_dim * (config.num_query_experts + 2 * config.num_kv_heads + config.num_slots)
+    if config.variant == "gqe":
+        columns += head_dim + config.num_query_experts
+    products = 2 * length * batch * embed * columns * (3 if training else 1)
+    return products + attention(config.num_active_heads, head_dim, length, batch, training=training)
+
+
+def model(config: ModelConfig, length: int, batch: int, *, training: bool) -> float:
+    """Of a model's loss and gradients, as `train.py` counts them; or of a prefill, whose logits are
+    those of the last token alone."""
+    flops = length * batch * matmul_flops_per_token(config, length)
+    if training:
+        return 3 * flops
+    return flops - 2 * config.embed_dim * config.vocab_size * (length - 1) * batch
+
+
+def projection(embed: int, head_dim: int, heads: int, tokens: int, *, training: bool) -> int:
+    """Of the queries of `heads` heads."""
+    return 2 * tokens * embed * head_dim * heads * (3 if training else 1)
