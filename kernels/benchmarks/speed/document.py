@@ -184,10 +184,13 @@ def row(case: Mapping[str, Any]) -> str:
     cells = [case["case"]]
     for one in by_side.values():
         share = "" if one["share_of_matmul"] is None else f", {one['share_of_matmul']:.0%}"
-        cells.append(
-            f"{one['name']} {1e3 * one['seconds']['median']:.3g} ms, "
-            f"{one['tflops']:.3g} TFLOP/s{share}"
-        )
+        cell = f"{one['name']} {1e3 * one['seconds']['median']:.3g} ms, "
+        cell += f"{one['tflops']:.3g} TFLOP/s{share}"
+        if "tokens_per_second" in one:
+            cell += f", {one['tokens_per_second']:,.0f} tokens/s"
+        if one.get("model_flops_utilisation"):
+            cell += f", MFU {one['model_flops_utilisation']:.1%}"
+        cells.append(cell)
     cells += ["none ran"] * (3 - len(cells))
     ratio = case["ratio"]
     cells.append("" if ratio is None else f"{ratio['median']:.2f}")

@@ -1,0 +1,191 @@
+"""One product for queries, keys and values, or one each: compiled for chips, not run.
+
+    python -m kernels.benchmarks.projections --chip v5e v6e
+    python -m kernels.benchmarks.projections --chip h200      # needs pip install '.[cuda]'
+
+The attention layer of `gqe_250m` as it is; with the weights of each group concatenated to [embed,
+group, experts + 2, head_dim], which still shards over groups; and with all weights, the shared
+query's too, in one matrix. The router stays apart in all three: it is a float32 product at the
+highest precision, and in one bfloat16 product with the others it would select other experts.
+"""
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from configs import CONFIGS
+from gqe_jax import attention
+from gqe_jax.compile_for import hlo
+from gqe_jax.compile_for.costs import count
+from gqe_jax.transformer import Transformer
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+Projected = dict[str, jax.Array]
+
+
+def by_group(layer: attention.GroupedQueryExperts, x: jax.Array) -> Projected:
+    """One product for what belongs to a group, another for the shared query."""
+    dtype, experts = layer.query.dtype, layer.config.experts_per_group
+    query, key, value = (getattr(layer, name).kernel[...] for name in ("query", "key", "value"))
+    kernels = [query, key[:, :, None], value[:, :, None]]
+    kernel = jnp.concatenate([kernel.astype(dtype) for kernel in kernels], axis=2)
+    heads = jnp.einsum("ble,egmd->blgmd", x.astype(dtype), kernel)
+    return {
+        "query": heads[..., :experts, :],
+        "key": heads[..., experts, :],
+        "value": heads[..., experts + 1, :],
+        "shared_query": layer.shared_query(x),
+    }
+
+
+def all_in_one(layer: attention.GroupedQueryExperts, x: jax.Array) -> Projected:
+    """One product for everything but the router."""
+    dtype, names = layer.query.dtype, ("query", "key", "value", "shared_query")
+    kernels = [getattr(layer, name).kernel[...] for name in names]
+    flat = [kernel.astype(dtype).reshape(kernel.shape[0], -1) for kernel in kernels]
+    out = jnp.einsum("ble,ec->blc", x.astype(dtype), jnp.concatenate(flat, axis=1))
+    found, start = {}, 0
+    for name, kernel in zip(names, kernels, strict=True):
+        stop = start + kernel.size // kernel.shape[0]
+        found[name] = out[..., start:stop].reshape(*x.shape[:2], *kernel.shape[1:])
+        start = stop
+    return found
+
+
+FORMS = {"one each": None, "by group": by_group, "all in one": all_in_one}
+
+
+def with_projections(
+    layer: attention.GroupedQueryExperts, x: jax.Array, project: Callable[..., Projected] | None
+) -> attention.GroupedQueryExperts:
+    """The layer, whose projections of `x` are those that `project` finds."""
+    if project is not None:
+        for name, found in project(layer, x).items():
+            setattr(layer, name, lambda _, found=found: found)
+    return layer
+
+
+def device(chip: str) -> jax.Device:
+    """One that need not be here."""
+    if chip == "h200":
+        topology = topologies.get_topology_desc(
+            topology_name="", topology="1x1x1", platform="cuda", target_config=H200
+        )
+    else:
+        topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
+    return topology.devices[0]
+
+
+def programs(
+    project: Callable[..., Projected] | None, batch: int, length: int, sharding
+) -> Iterator[tuple[str, jax.stages.Compiled]]:
+    """The layer forward, the layer forward and backward, and the model's prefill, compiled."""
+    config = CONFIGS["gqe_250m"].model
+    dtype = jnp.dtype(config.dtype)
+
+    def like(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    make = functools.partial(attention.make_attention, config.attention, dtype=dtype)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), dtype, sharding=sharding)
+
+    def forward(params, x):
+        layer = with_projections(nnx.merge(graphdef, params), x, project)
+        y, aux, _ = layer(x)
+        return y, aux.load_balancing_loss
+
+    def both(params, x, cotangent):
+        out, vjp = jax.vjp(forward, params, x)
+        return out, vjp((cotangent, jnp.ones(())))
+
+    yield "layer, forward", jax.jit(forward).lower(like(params), x).compile()
+    yield "layer, both", jax.jit(both).lower(like(params), x, x).compile()
+
+    model_def, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
+    call = attention.GroupedQueryExperts.__call__
+
+    def projected(self, x, **given):
+        return call(with_projections(self, x, project), x, **given)
+
+    attention.GroupedQueryExperts.__call__ = projected
+    try:
+        prefill = jax.jit(lambda params, tokens: nnx.merge(model_def, params)(tokens)[0])
+        yield "model, forward", prefill.lower(like(params), tokens).compile()
+    finally:
+        attention.GroupedQueryExperts.__call__ = call
+
+
+def tpu_cells(compiled: jax.stages.Compiled) -> list[str]:
+    """Estimated cycles of XLA's instructions, without the kernels; HBM traffic; temporaries."""
+    program = hlo.parse(compiled.as_text())
+    cycles = 0
+    for computation, times in program.runs():
+        for instruction in computation.values():
+            found = re.search(r"estimated_cycles\W+(\d+)", instruction.attributes)
+            cycles += times * int(found[1]) if found else 0
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return [
+        f"{cycles / 1e6:.2f}M",
+        f"{count(program).hbm_bytes / 1e9:.2f} GB",
+        f"{memory / 1e6:.0f} MB",
+    ]
+
+
+def gpu_cells(compiled: jax.stages.Compiled, tokens: int) -> list[str]:
+    """Columns of the products with a row for each token; temporaries."""
+    found = re.findall(rf"%gemm\S* = (\w+)\[{tokens},(\d+)\]", compiled.as_text())
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return [", ".join(f"{columns} ({kind})" for kind, columns in found), f"{memory / 1e6:.0f} MB"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", nargs="+", choices=[*TOPOLOGIES, "h200"], default=["v5e"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048)
+    options = parser.parse_args(arguments)
+    for chip in options.chip:
+        gpu = chip == "h200"
+        columns = ["products"] if gpu else ["cycles", "HBM traffic"]
+        print(f"| {chip} | projections | {' | '.join(columns)} | temporaries |")
+        print("|" + "---|" * (3 + len(columns)))
+        sharding = SingleDeviceSharding(device(chip))
+        for form, project in FORMS.items():
+            print(f"compiling for {chip}: {form}", file=sys.stderr, flush=True)
+            for name, compiled in programs(project, options.batch, options.length, sharding):
+                cells = (
+                    gpu_cells(compiled, options.batch * options.length)
+                    if gpu
+                    else tpu_cells(compiled)
+                )
+                print(f"| {name} | {form} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

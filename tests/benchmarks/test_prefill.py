@@ -1,0 +1,301 @@
+"""The benchmark of prefill: what it counts, whom it compares, what it keeps."""
+
+import dataclasses
+import json
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gqe_jax import AttentionConfig, GroupedQueryAttention, GroupedQueryExperts
+from gqe_jax.compile_for import hlo
+from gqe_jax.compile_for.costs import count
+from kernels.benchmarks import prefill, projections
+from kernels.benchmarks.speed import contenders, document, figure, timing, work
+from kernels.benchmarks.speed.cases import FULL, SMALL, Case, cases
+from kernels.benchmarks.speed.peers import peers
+
+OP = Case("op", training=False, length=32, batch=2, head_dim=8)
+HEAD = {"command": "c", "device": "d", "platform": "p", "versions": {}, "settings": {"tokens": 64}}
+
+
+def test_flops_of_attention_are_those_of_the_pairs_that_the_mask_lets_through():
+    seen = int(np.tri(5).sum())
+    # 3 sequences, 2 heads; each of QK and PV multiplies and adds 8 numbers for each pair.
+    assert work.attention(2, 8, 5, 3, training=False) == 3 * 2 * seen * 2 * 8 * 2
+    assert work.attention(2, 8, 5, 3, training=True) == 3 * 2 * seen * 7 * 8 * 2
+
+
+def test_flops_of_a_layer_by_hand():
+    config = AttentionConfig(embed_dim=10, num_query_experts=4, num_kv_heads=2, head_dim=2)
+    # Columns: 4 experts, 2 keys, 2 values and a shared query of 2, a router of 4; rows of W_O: 4
+    # slots of 2. 3 of 5 heads are active; 2 tokens make 3 pairs.
+    columns = 2 * (4 + 2 + 2 + 1) + 4 + 2 * 4
+    assert work.layer(config, 2, 1, training=False) == 2 * 2 * 10 * columns + 3 * 3 * 2 * 2 * 2
+    assert work.layer(config, 2, 1, training=True) == 3 * 2 * 2 * 10 * columns + 3 * 3 * 7 * 2 * 2
+    dense = dataclasses.replace(config, variant="gqa")
+    columns = 2 * (4 + 2 + 2) + 2 * 4
+    assert work.layer(dense, 2, 1, training=False) == 2 * 2 * 10 * columns + 4 * 3 * 2 * 2 * 2
+
+
+def test_a_prefill_has_the_logits_of_one_token():
+    flops = [work.model(SMALL.model, 4, 2, training=training) for training in (False, True)]
+    logits = 2 * SMALL.model.embed_dim * SMALL.model.vocab_size
+    assert flops[1] == 3 * (flops[0] + 2 * 3 * logits)
+
+
+def test_every_case_has_a_name_of_its_own_and_a_geometry():
+    for scale in (FULL, SMALL):
+        found = cases(scale)
+        assert len({case.name for case in found}) == len(found)
+        for case in found:
+            attention = case.model(scale, "gqe").attention
+            if case.level != "projection":  # with k = 1 and with k = 2
+                assert (attention.num_active_heads, attention.num_query_experts) == (9, 16)
+    assert {case.length for case in cases(FULL) if case.level == "op"} == {
+        1024 * 2**i for i in range(8)
+    }
+
+
+def test_repeated_work_is_done_again_each_time():
+    a = jax.random.normal(jax.random.key(0), (16, 16))
+    program = jax.jit(timing.repeated(lambda a, b: jnp.tanh(a @ b), 5)).lower(a, a).compile()
+    assert count(hlo.parse(program.as_text())).product_flops == 5 * 2 * 16**3
+    np.testing.assert_allclose(program(a, a)[0], np.tanh(a @ a), rtol=1e-5)
+
+
+class Clock:
+    """Time that passes only in what is timed."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+    def contender(self, name, side, seconds, error=None, **options):
+        def call():
+            self.now += seconds
+            self.log.append(name)
+            return jnp.zeros(1), jnp.zeros(())
+
+        def lower(times):
+            assert times == 1
+            if error:
+                raise error
+            return types.SimpleNamespace(compile=lambda: Program(call))
+
+        return timing.Contender(name, side, lower, (), flops=2e12, options=options)
+
+
+class Program:
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self):
+        return self.call()
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(
+            argument_size_in_bytes=5,
+            output_size_in_bytes=3,
+            temp_size_in_bytes=4,
+            alias_size_in_bytes=2,
+        )
+
+
+def measured(clock):
+    found = [
+        clock.contender("ours", "gqe", 1.0),
+        clock.contender("blocks", "dense", 4.0, block=1),
+        clock.contender("blocks", "dense", 2.0, block=2),
+        clock.contender("near", "dense", 3.0),
+        clock.contender("hopeless", "dense", 9.0),
+        clock.contender("broken", "dense", 0.0, error=ImportError("no such kernel\nat all")),
+        clock.contender("matmul", "matmul", 0.5),
+    ]
+    return timing.time_contenders(
+        found, rounds=3, seconds=0.1, flops_per_second=1e12, progress=lambda _: None
+    )
+
+
+def test_contenders_take_turns_at_their_best_options(monkeypatch):
+    clock = Clock(monkeypatch)
+    outcomes = measured(clock)
+    assert [len(outcome.seconds) for outcome in outcomes] == [3, 0, 3, 3, 0, 0, 3]
+    assert clock.log[-12:] == [
+        *("ours", "blocks", "near", "matmul"),
+        *("blocks", "near", "matmul", "ours"),
+        *("near", "matmul", "ours", "blocks"),
+    ]
+    assert outcomes[0].memory == 5 + 3 + 4 - 2
+
+
+def test_a_record_has_ratio_rates_and_whatever_failed(monkeypatch):
+    outcomes = measured(Clock(monkeypatch))
+    record = json.loads(json.dumps(document.record(OP, outcomes, seconds=1.0)))
+    assert record["best"] == {"gqe": "ours", "dense": "blocks"}
+    assert record["ratio"] == {"q1": 2.0, "median": 2.0, "q3": 2.0}
+    assert record["matmul_tflops"] == 4.0
+    entries = {one["name"]: one for one in record["contenders"]}
+    assert (entries["ours"]["tflops"], entries["ours"]["share_of_matmul"]) == (2.0, 0.5)
+    assert entries["blocks"]["options"] == {"block": 2}
+    assert entries["blocks"]["tried"] == [{"options": {"block": 1}, "error": None, "seconds": 4.0}]
+    assert entries["hopeless"]["screened_seconds"] == 9.0
+    assert entries["broken"]["error"] == "ImportError: no such kernel"
+    assert "broken" in document.row(record)
+    known = document.best_options({"cases": [record]}, dataclasses.replace(OP, level="layer"))
+    assert list(known.items()) == [("blocks", {"block": 2}), ("near", {})]
+
+
+def test_kernels_that_do_not_run_here_are_recorded_with_their_errors():
+    found = contenders.contenders(OP, SMALL, "gpu", {})
+    names = {"tokamax", "attention_mgpu", "cudnn"}
+    found = [one for one in found if one.name in names]
+    outcomes = timing.time_contenders(
+        found, rounds=2, seconds=1e-9, flops_per_second=1.0, progress=lambda _: None
+    )
+    assert {outcome.contender.name for outcome in outcomes} == names
+    assert all(outcome.error and not outcome.seconds for outcome in outcomes)
+
+
+def test_a_dense_layer_attends_by_the_peer():
+    config = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2, variant="gqa")
+    layer = GroupedQueryAttention(config, implementation="reference", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    expected, _, _ = layer(x)
+    peer = next(peer for peer in peers("cpu") if peer.name == "jax.nn")
+    with contenders._dense_by(peer, {}):
+        np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+    wrong = dataclasses.replace(peer, attend=lambda q, k, v: 0 * q)
+    with contenders._dense_by(wrong, {}):
+        np.testing.assert_array_equal(layer(x)[0], 0)
+    np.testing.assert_array_equal(layer(x)[0], expected)
+
+
+def test_selected_queries_are_those_of_the_selected_experts():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 6)), rng.normal(size=(6, 3, 4, 2))
+    index = np.argsort(rng.random((2, 5, 3, 4)), axis=-1)[..., :2]
+    every = np.einsum("ble,egmd->blgmd", x, kernel)
+    expected = np.take_along_axis(every, index[..., None], axis=3)
+    arguments = (jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), jnp.asarray(index))
+    for project in (contenders.selected_queries, contenders.all_queries):
+        np.testing.assert_allclose(project(*arguments), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["by group", "all in one"])
+def test_projections_in_one_product_are_the_same_layer(form):
+    config = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2)
+    make = lambda: GroupedQueryExperts(  # noqa: E731
+        config, dtype=jnp.float32, implementation="reference", rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    expected, _, _ = make()(x)
+    y, _, _ = projections.with_projections(make(), x, projections.FORMS[form])(x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two cases, of the op and of the layer."""
+    scale = dataclasses.replace(SMALL, tokens=64, matmul=32, seconds=1e-4)
+    found = [OP, Case("layer", False, 32, 2, 8)]
+    monkeypatch.setattr(prefill, "SMALL", scale)
+    monkeypatch.setattr(prefill, "cases", lambda _: found)
+
+
+def test_a_cut_run_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out" / "prefill.json"
+    arguments = ["--json", str(path), "--rounds", "2"]
+
+    def interrupted(case, *rest):
+        if case.level == "layer":
+            raise KeyboardInterrupt
+        return contenders.contenders(case, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefill, "contenders", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prefill.main(arguments)
+    (first,) = json.loads(path.read_text())["cases"]
+    prefill.main(arguments)
+    whole = json.loads(path.read_text())
+    assert whole["command"] == f"python -m kernels.benchmarks.prefill {' '.join(arguments)}"
+    assert whole["versions"]["jax"] == jax.__version__
+    assert whole["cases"][0] == first
+    assert [case["level"] for case in whole["cases"]] == ["op", "layer"]
+    for case in whole["cases"]:
+        assert case["ratio"]["q1"] <= case["ratio"]["median"] <= case["ratio"]["q3"]
+        for one in case["contenders"]:
+            assert one["error"] is None
+            assert one["memory_bytes"] > 0
+    deviations = [one["deviation"] for one in first["contenders"]]
+    assert max(deviations) < 1e-4
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    prefill.main(arguments)
+    assert "2 cases, 0 to do" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == whole
+
+
+def test_a_spent_budget_leaves_the_rest(tiny, tmp_path, monkeypatch, capsys):
+    clock = iter([0.0] + [100.0 * i for i in range(1, 20)])
+    times = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(prefill, "time", times)
+    prefill.main(["--json", str(tmp_path / "p.json"), "--rounds", "2", "--budget-minutes", "5"])
+    assert len(json.loads((tmp_path / "p.json").read_text())["cases"]) == 1
+    assert "1 cases are left: run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "holds no results"),
+        (json.dumps(HEAD), "holds no results"),
+        (json.dumps({**HEAD, "cases": [], "device": "other"}), "device is 'other'.*'d' here"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, text, message):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(document.DocumentError, match=message):
+        document.load(path, HEAD)
+
+
+def test_the_figure_has_a_line_for_each_pass_and_head_size():
+    def case(length, ratio, **changes):
+        record = {"level": "op", "training": False, "batch": 64 // length, "length": length}
+        record |= {"head_dim": 64, "top_k": 1, "ratio": ratio and {"median": ratio}}
+        return record | changes
+
+    found = figure.lines(
+        HEAD
+        | {
+            "cases": [
+                case(32, 1.5),
+                case(16, 1.2),
+                case(16, 1.0, batch=1),  # a short sequence alone
+                case(16, 1.1, training=True),
+                case(16, 1.3, level="layer"),
+                case(64, None),
+            ]
+        },
+        "op",
+    )
+    assert found == {
+        "forward, D = 64, k = 1": [(16, {"median": 1.2}), (32, {"median": 1.5})],
+        "forward + backward, D = 64, k = 1": [(16, {"median": 1.1})],
+    }
+
+
+def test_bad_options_are_named(capsys):
+    for arguments, message in (
+        (["--rounds", "1"], "rounds is 1; a spread needs at least 2"),
+        (["--budget-minutes", "-2"], "budget-minutes is -2.0; it must be positive"),
+    ):
+        with pytest.raises(SystemExit):
+            prefill.main(arguments)
+        assert message in capsys.readouterr().err
