@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from kernels.benchmarks.speed import document as documents
 from kernels.benchmarks.speed.cases import FULL, LEVELS, SMALL, Case, Scale, cases
-from kernels.benchmarks.speed.contenders import contenders, matmul
+from kernels.benchmarks.speed.contenders import contenders
 from kernels.benchmarks.speed.figure import draw
+from kernels.benchmarks.speed.op import matmul
 from kernels.benchmarks.speed.timing import repeated, time_contenders
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "prefill.json"

@@ -15,7 +15,7 @@ from gqe_jax import AttentionConfig, GroupedQueryAttention, GroupedQueryExperts
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
 from kernels.benchmarks import prefill, projections
-from kernels.benchmarks.speed import contenders, document, figure, timing, work
+from kernels.benchmarks.speed import contenders, document, experts, figure, timing, whole, work
 from kernels.benchmarks.speed.cases import FULL, SMALL, Case, cases
 from kernels.benchmarks.speed.peers import peers
 
@@ -167,10 +167,10 @@ def test_a_dense_layer_attends_by_the_peer():
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     expected, _, _ = layer(x)
     peer = next(peer for peer in peers("cpu") if peer.name == "jax.nn")
-    with contenders._dense_by(peer, {}):
+    with whole.dense_by(peer, {}):
         np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
     wrong = dataclasses.replace(peer, attend=lambda q, k, v: 0 * q)
-    with contenders._dense_by(wrong, {}):
+    with whole.dense_by(wrong, {}):
         np.testing.assert_array_equal(layer(x)[0], 0)
     np.testing.assert_array_equal(layer(x)[0], expected)
 
@@ -182,7 +182,7 @@ def test_selected_queries_are_those_of_the_selected_experts():
     every = np.einsum("ble,egmd->blgmd", x, kernel)
     expected = np.take_along_axis(every, index[..., None], axis=3)
     arguments = (jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), jnp.asarray(index))
-    for project in (contenders.selected_queries, contenders.all_queries):
+    for project in (experts.selected_queries, experts.all_queries):
         np.testing.assert_allclose(project(*arguments), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -27,8 +27,8 @@ class Peer:
     Attributes:
       attend: attention, of what `prepare` returns and keywords from `options`.
       options: keywords to choose among by trying, such as block sizes.
-      prepare: from [batch, length, head, head_dim] to the layout that the kernel takes, and the
-        scale where it knows none. The attention op is timed without it, a layer with it.
+      prepare: from [batch, length, head, head_dim] to the layout and type that the kernel takes,
+        with the scale where it knows none. The op is timed without it, a layer with it.
       finish: from the kernel's layout back.
     """
 
@@ -39,10 +39,11 @@ class Peer:
     finish: Callable[[Array], Heads] = lambda x: x
 
     def whole(self, options: Mapping[str, Any]) -> Callable[..., Heads]:
-        """The kernel between `prepare` and `finish`."""
+        """The kernel between `prepare` and `finish`, in the type of the query."""
 
         def attention(query, key, value):
-            return self.finish(self.attend(*self.prepare(query, key, value), **options))
+            out = self.finish(self.attend(*self.prepare(query, key, value), **options))
+            return out.astype(query.dtype)
 
         return attention
 
@@ -107,8 +108,15 @@ def _heads_first(query: Heads, key: Heads, value: Heads) -> tuple[Array, ...]:
     return tuple(jnp.swapaxes(x, 1, 2) for x in _scaled(query, key, value))
 
 
+def _scaled_float16(query: Heads, key: Heads, value: Heads) -> tuple[Array, ...]:
+    """`attention_mgpu` has buffers of float16 alone, whose products are as fast as bfloat16's."""
+    return tuple(x.astype(jnp.float16) for x in _scaled(query, key, value))
+
+
 _TOKAMAX = Peer(
-    "tokamax", _tokamax, options=tuple({"implementation": name} for name in ("mosaic", "triton"))
+    "tokamax",
+    _tokamax,
+    options=tuple({"implementation": name} for name in ("mosaic_gpu", "triton")),
 )
 _ATTENTION_MGPU = Peer(
     "attention_mgpu",
@@ -117,7 +125,7 @@ _ATTENTION_MGPU = Peer(
         {"block_q": 64, "block_kv": block_kv, "max_concurrent_steps": steps}
         for block_kv, steps in ((64, 4), (128, 2), (128, 4), (256, 2))
     ),
-    prepare=_scaled,
+    prepare=_scaled_float16,
 )
 _SPLASH = Peer(
     "splash",
