@@ -25,7 +25,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("python ")]
 MANIFEST = yaml.safe_load((REPOSITORY / "docs" / "jobset.yaml").read_text())
 # Each names a configuration and its flags, whether here, in a container or on a host.
-TRAINING = re.findall(r"train\.py (\w+)((?: --[\w.-]+[ =][^\s\"]+)*)", PODS)
+TRAINING = re.findall(r"train\.py ([a-z]\w*)((?: --[\w.-]+[ =][^\s\"]+)*)", PODS)
 
 
 def run(*arguments, **environment):

@@ -3,6 +3,8 @@
     python -m kernels.benchmarks.projections --chip v5e v6e
     python -m kernels.benchmarks.projections --chip h200      # needs pip install '.[cuda]'
 
+On a GPU XLA merges such products itself, up to a size that a flag sets: a fourth form.
+
 The attention layer of `gqe_250m` as it is; with the weights of each group concatenated to [embed,
 group, experts + 2, head_dim], which still shards over groups; and with all weights, the shared
 query's too, in one matrix. The router stays apart in all three: it is a float32 product at the
@@ -11,6 +13,7 @@ highest precision, and in one bfloat16 product with the others it would select o
 
 import argparse
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +65,7 @@ def all_in_one(layer: attention.GroupedQueryExperts, x: jax.Array) -> Projected:
 
 
 FORMS = {"one each": None, "by group": by_group, "all in one": all_in_one}
+MERGED_BY_XLA = {"xla_gpu_dot_merger_threshold_mb": 512}
 
 
 def with_projections(
@@ -86,7 +90,11 @@ def device(chip: str) -> jax.Device:
 
 
 def programs(
-    project: Callable[..., Projected] | None, batch: int, length: int, sharding
+    project: Callable[..., Projected] | None,
+    batch: int,
+    length: int,
+    sharding: SingleDeviceSharding,
+    flags: dict[str, int] | None = None,
 ) -> Iterator[tuple[str, jax.stages.Compiled]]:
     """The layer forward, the layer forward and backward, and the model's prefill, compiled."""
     config = CONFIGS["gqe_250m"].model
@@ -110,8 +118,8 @@ def programs(
         out, vjp = jax.vjp(forward, params, x)
         return out, vjp((cotangent, jnp.ones(())))
 
-    yield "layer, forward", jax.jit(forward).lower(like(params), x).compile()
-    yield "layer, both", jax.jit(both).lower(like(params), x, x).compile()
+    yield "layer, forward", jax.jit(forward).lower(like(params), x).compile(flags)
+    yield "layer, both", jax.jit(both).lower(like(params), x, x).compile(flags)
 
     model_def, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
@@ -123,7 +131,7 @@ def programs(
     attention.GroupedQueryExperts.__call__ = projected
     try:
         prefill = jax.jit(lambda params, tokens: nnx.merge(model_def, params)(tokens)[0])
-        yield "model, forward", prefill.lower(like(params), tokens).compile()
+        yield "model, forward", prefill.lower(like(params), tokens).compile(flags)
     finally:
         attention.GroupedQueryExperts.__call__ = call
 
@@ -164,14 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"| {chip} | projections | {' | '.join(columns)} | temporaries |")
         print("|" + "---|" * (3 + len(columns)))
         sharding = SingleDeviceSharding(device(chip))
-        for form, project in FORMS.items():
+        forms = [(form, project, None) for form, project in FORMS.items()]
+        if gpu:
+            forms.append(("one each, merged by XLA", None, MERGED_BY_XLA))
+        for form, project, flags in forms:
             print(f"compiling for {chip}: {form}", file=sys.stderr, flush=True)
-            for name, compiled in programs(project, options.batch, options.length, sharding):
-                cells = (
-                    gpu_cells(compiled, options.batch * options.length)
-                    if gpu
-                    else tpu_cells(compiled)
-                )
+            size = options.batch, options.length
+            for name, compiled in programs(project, *size, sharding, flags):
+                cells = gpu_cells(compiled, math.prod(size)) if gpu else tpu_cells(compiled)
                 print(f"| {name} | {form} | {' | '.join(cells)} |", flush=True)
 
 

@@ -85,7 +85,7 @@ class Clock:
             assert times == 1
             if error:
                 raise error
-            return types.SimpleNamespace(compile=lambda: Program(call))
+            return types.SimpleNamespace(compile=lambda compiler_options: Program(call))
 
         return timing.Contender(name, side, lower, (), flops=2e12, options=options)
 

@@ -21,6 +21,7 @@ def contender(
     options: Mapping[str, Any] | None = None,
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     slots: Callable[[Any], jax.Array] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Contender:
     """One whose program is `function`, traced within `around`."""
 
@@ -28,7 +29,17 @@ def contender(
         with around():
             return jax.jit(repeated(function, times)).lower(*arguments)
 
-    return Contender(name, side, lower, arguments, flops, options or {}, slots=slots)
+    flags = compiler_options or {}
+    return Contender(
+        name,
+        side,
+        lower,
+        arguments,
+        flops,
+        {**(options or {}), **flags},
+        compiler_options=flags,
+        slots=slots,
+    )
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -26,6 +26,7 @@ class Contender:
       flops: of the work done once.
       options: the contender's block sizes, say. Contenders that differ in these alone are one, of
         which the fastest is kept.
+      compiler_options: XLA's flags for this program; they stand among the options too.
       stateful: the first argument is donated, and replaced by the first result.
       slots: from the result to what is compared with other contenders' of the same side.
     """
@@ -36,6 +37,7 @@ class Contender:
     arguments: tuple[Any, ...]
     flops: float
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stateful: bool = False
     slots: Callable[[Any], jax.Array] | None = None
 
@@ -113,12 +115,7 @@ def time_contenders(
         outcomes.append(outcome)
         lowered.append(_attempt(outcome, lambda o=one, n=repeats: o.lower(n)))
     with ThreadPoolExecutor(8) as pool:
-        compiled = list(
-            pool.map(
-                lambda pair: pair[1] and _attempt(pair[0], pair[1].compile),
-                zip(outcomes, lowered, strict=True),
-            )
-        )
+        compiled = list(pool.map(_compile, outcomes, lowered))
     for number, (outcome, program) in enumerate(zip(outcomes, compiled, strict=True), 1):
         if program is not None:
             progress(f"trying {number}/{len(outcomes)}: {outcome.contender.name}")
@@ -148,6 +145,13 @@ def _attempt(outcome: Outcome, function: Callable[[], Any]) -> Any:
         outcome.error = f"{type(error).__name__}: {lines[0]}"[:500]
         outcome.run = outcome.slots = None
         return None
+
+
+def _compile(outcome: Outcome, lowered: jax.stages.Lowered | None) -> jax.stages.Compiled | None:
+    if lowered is None:
+        return None
+    flags = dict(outcome.contender.compiler_options)
+    return _attempt(outcome, lambda: lowered.compile(compiler_options=flags or None))
 
 
 def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> None:

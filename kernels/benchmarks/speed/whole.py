@@ -23,6 +23,9 @@ from kernels.benchmarks.speed.peers import Peer, implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
 Known = Mapping[str, Mapping[str, Any]]
+# XLA merges products of one input where they are small; with this limit, in MB, also those of 32,768
+# tokens, so that queries, keys and values are one product.
+MERGING = {"gpu": ({}, {"xla_gpu_dot_merger_threshold_mb": 512})}
 
 
 @contextlib.contextmanager
@@ -87,7 +90,19 @@ def layer(case: Case, scale: Scale, platform: str, known: Known) -> list[Contend
             return out, vjp((x, jnp.ones(())))
 
         flops = work.layer(config, case.length, case.batch, training=case.training)
-        found.append(contender(name, _side(variant), timed, (params, x), flops, options, around))
+        found += [
+            contender(
+                name,
+                _side(variant),
+                timed,
+                (params, x),
+                flops,
+                options,
+                around,
+                compiler_options=flags,
+            )
+            for flags in MERGING.get(platform, ({},))
+        ]
     return found
 
 
