@@ -12,6 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
+from gqe_kernels.pallas_gpu.items import (
+    SLOTS,
+    Items,
+    fetch_own,
+    for_each,
+    multiprocessors,
+    of_head,
+)
 from gqe_kernels.pallas_gpu.mask import LOG2E, MASKED, TRANSFORMS, add_product, visible
 from gqe_kernels.pallas_gpu.tables import Masking, visited
 
@@ -29,27 +37,8 @@ def _product(left_ref, right_ref):
 
 def _probabilities(logits, logsumexp, *, axis: int, scale: float, counts):
     """Of a tile; `logsumexp` is a number a query, which stands along `axis`."""
-    if counts is not None:
-        logits = jnp.where(counts, logits, MASKED)
-    rows = lax.broadcast_in_dim(logsumexp, logits.shape, [axis])
-    return jnp.exp2(logits * (scale * LOG2E) - rows)
-
-
-def _of_head(head, hard: int, heads_per_group: int, refs, shared_refs, body) -> None:
-    """Calls `body` with the keys and values of a head: functions of rows to a slice."""
-    batch = lax.axis_index("batch")
-
-    def of_group():
-        group = lax.div(head, jnp.int32(heads_per_group))
-        body(*(lambda rows, ref=ref: ref.at[batch, rows, group] for ref in refs))
-
-    if shared_refs[0] is None:
-        of_group()
-    else:
-        pl.when(head < hard)(of_group)
-        pl.when(head == hard)(
-            lambda: body(*(lambda rows, ref=ref: ref.at[batch, rows] for ref in shared_refs))
-        )
+    exponent = logits * (scale * LOG2E) - lax.broadcast_in_dim(logsumexp, logits.shape, [axis])
+    return jnp.exp2(exponent if counts is None else jnp.where(counts, exponent, MASKED))
 
 
 def _d_query_kernel(
@@ -67,7 +56,6 @@ def _d_query_kernel(
     kv_segment_ref,
     d_q_ref,
     buffers,
-    q_fetched,
     fetched,
     consumed,
     *,
@@ -77,65 +65,73 @@ def _d_query_kernel(
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
+    items: Items,
 ):
-    head, batch = lax.axis_index("head"), lax.axis_index("batch")
-    tile = table_ref.shape[1] - 1 - lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     q_smem, d_out_smem, logsumexp_smem, delta_smem, k_smem, v_smem, staging_smem = buffers
-    dtype = q_ref.dtype
-    first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-    steps, kv = end - first, blocks.backward_kv
+    own_fetched, k_fetched, v_fetched = fetched
+    own_consumed, kv_consumed = consumed
+    dtype, kv = q_ref.dtype, blocks.backward_kv
+
+    def rows_of(tile, warpgroup):
+        return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
 
     @pl.when(warpgroup == WARPGROUPS)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
 
-        def fetch_from(k, v):
-            @pl.loop(0, steps)
-            def step(i):
-                slot = lax.rem(i, jnp.int32(blocks.stages))
-                rows = pl.ds((first + i) * kv, kv)
-                pl.when(i >= blocks.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-                plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], fetched[0].at[slot])
-                plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], fetched[1].at[slot])
+        def fetch_item(number, tile, batch, head, done):
+            def of_queries(slot):
+                for i in range(WARPGROUPS):
+                    rows = rows_of(tile, i)
+                    yield q_ref.at[batch, rows, head], q_smem.at[slot, i]
+                    yield d_out_ref.at[batch, rows, head], d_out_smem.at[slot, i]
+                    yield logsumexp_ref.at[batch, head, rows], logsumexp_smem.at[slot, i]
+                    yield delta_ref.at[batch, head, rows], delta_smem.at[slot, i]
 
-        shared = shared_k_ref, shared_v_ref
-        _of_head(head, hard, heads_per_group, (k_ref, v_ref), shared, fetch_from)
+            fetch_own(number, of_queries, own_fetched, own_consumed)
+            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        q_start = (tile * WARPGROUPS + warpgroup) * blocks.q
-        rows = pl.ds(q_start, blocks.q)
-        own_q, own_d_out = q_smem.at[warpgroup], d_out_smem.at[warpgroup]
-        own_numbers = logsumexp_smem.at[warpgroup], delta_smem.at[warpgroup]
-        sources = (
-            (q_ref.at[batch, rows, head], own_q),
-            (d_out_ref.at[batch, rows, head], own_d_out),
-            (logsumexp_ref.at[batch, head, rows], own_numbers[0]),
-            (delta_ref.at[batch, head, rows], own_numbers[1]),
-        )
-        for source, target in sources:
-            plgpu.copy_gmem_to_smem(source, target, q_fetched.at[warpgroup])
-        plgpu.barrier_wait(q_fetched.at[warpgroup])
+            def keys_and_values(k, v):
+                @pl.loop(0, end - first)
+                def step(i):
+                    slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                    rows, again = pl.ds((first + i) * kv, kv), done + i >= blocks.stages
+                    pl.when(again)(lambda: plgpu.barrier_wait(kv_consumed.at[slot]))
+                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
+                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
+
+            shared = shared_k_ref, shared_v_ref
+            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            return done + end - first
+
+        for_each(items, fetch_item, jnp.int32(0))
+
+    def d_query(number, tile, batch, head, done):
+        own = lax.rem(number, jnp.int32(SLOTS))
+        own_q, own_d_out = q_smem.at[own, warpgroup], d_out_smem.at[own, warpgroup]
+        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+        steps, position = end - first, position_ref[batch]
+        rows = rows_of(tile, warpgroup)
+        plgpu.barrier_wait(own_fetched.at[own])
         logsumexp, delta = (
-            plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)) for ref in own_numbers
+            plgpu.load(ref.at[own, warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
+            for ref in (logsumexp_smem, delta_smem)
         )
-        position = position_ref[batch]
         staging = None if staging_smem is None else staging_smem.at[warpgroup]
         shape = (blocks.q, kv)
 
         def over_keys(d_q_acc):
             def step(i, masked: bool):
-                slot = lax.rem(i, jnp.int32(blocks.stages))
-                plgpu.barrier_wait(fetched[0].at[slot])
+                slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                plgpu.barrier_wait(k_fetched.at[slot])
                 logits, counts = _product(own_q, k_smem.at[slot]), None
                 if masked:
                     counts = visible(
                         shape,
                         q_axis=0,
                         batch=batch,
-                        q_start=q_start,
+                        q_start=rows.start,
                         kv_start=(first + i) * kv,
                         position=position,
                         causal=causal,
@@ -145,18 +141,18 @@ def _d_query_kernel(
                         kv_segment_ref=kv_segment_ref,
                     )
                 weights = _probabilities(logits, logsumexp, axis=0, scale=scale, counts=counts)
-                plgpu.barrier_wait(fetched[1].at[slot])
+                plgpu.barrier_wait(v_fetched.at[slot])
                 d_weights = _product(own_d_out, v_smem.at[slot])
                 d_logits = weights * (d_weights - lax.broadcast_in_dim(delta, shape, [0]))
                 add_product(d_q_acc, d_logits.astype(dtype), k_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(consumed.at[slot])
+                plgpu.barrier_arrive(kv_consumed.at[slot])
 
             whole = steps
             if kv_len % kv:
                 whole = jnp.minimum(whole, kv_len // kv - first)
             if causal:
-                seen = lax.div(jnp.maximum(q_start + position + 1, 0), jnp.int32(kv))
+                seen = lax.div(jnp.maximum(rows.start + position + 1, 0), jnp.int32(kv))
                 whole = jnp.minimum(whole, seen - first)
             whole = jnp.int32(0) if q_segment_ref is not None else jnp.maximum(whole, 0)
             if q_segment_ref is None:
@@ -169,6 +165,14 @@ def _d_query_kernel(
         own_q[...] = (d_q * scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_q, d_q_ref.at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(own_consumed.at[own])
+        return done + steps
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        for_each(items, d_query, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -188,7 +192,6 @@ def _d_key_kernel(
     d_k_ref,
     d_v_ref,
     buffers,
-    kv_fetched,
     fetched,
     consumed,
     *,
@@ -198,54 +201,67 @@ def _d_key_kernel(
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
+    items: Items,
 ):
-    head, batch = lax.axis_index("head"), lax.axis_index("batch")
-    tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
     k_smem, v_smem, q_smem, d_out_smem, logsumexp_smem, delta_smem, staging_smem = buffers
-    dtype, head_dim = q_ref.dtype, q_ref.shape[-1]
-    first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-    steps, q, kv = end - first, blocks.backward_q, blocks.backward_kv
+    own_fetched, q_fetched = fetched
+    own_consumed, q_consumed = consumed
+    dtype, q, kv = q_ref.dtype, blocks.backward_q, blocks.backward_kv
+
+    def rows_of(tile, warpgroup):
+        return pl.ds((tile * WARPGROUPS + warpgroup) * kv, kv)
 
     @pl.when(warpgroup == WARPGROUPS)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, steps)
-        def step(i):
-            slot = lax.rem(i, jnp.int32(blocks.stages))
-            rows = pl.ds((first + i) * q, q)
-            pl.when(i >= blocks.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-            sources = (
-                (q_ref.at[batch, rows, head], q_smem),
-                (d_out_ref.at[batch, rows, head], d_out_smem),
-                (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
-                (delta_ref.at[batch, head, rows], delta_smem),
-            )
-            for source, target in sources:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], fetched.at[slot])
+        def fetch_item(number, tile, batch, head, done):
+            def keys_and_values(k, v):
+                def copies(slot):
+                    for i in range(WARPGROUPS):
+                        yield k(rows_of(tile, i)), k_smem.at[slot, i]
+                        yield v(rows_of(tile, i)), v_smem.at[slot, i]
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        kv_start = (tile * WARPGROUPS + warpgroup) * kv
-        rows = pl.ds(kv_start, kv)
-        own_k, own_v = k_smem.at[warpgroup], v_smem.at[warpgroup]
+                fetch_own(number, copies, own_fetched, own_consumed)
 
-        def fetch_own(k, v):
-            plgpu.copy_gmem_to_smem(k(rows), own_k, kv_fetched.at[warpgroup])
-            plgpu.copy_gmem_to_smem(v(rows), own_v, kv_fetched.at[warpgroup])
+            shared = shared_k_ref, shared_v_ref
+            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
 
-        shared = shared_k_ref, shared_v_ref
-        _of_head(head, hard, heads_per_group, (k_ref, v_ref), shared, fetch_own)
-        plgpu.barrier_wait(kv_fetched.at[warpgroup])
-        position = position_ref[batch]
+            @pl.loop(0, end - first)
+            def step(i):
+                slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                rows, again = pl.ds((first + i) * q, q), done + i >= blocks.stages
+                pl.when(again)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
+                sources = (
+                    (q_ref.at[batch, rows, head], q_smem),
+                    (d_out_ref.at[batch, rows, head], d_out_smem),
+                    (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
+                    (delta_ref.at[batch, head, rows], delta_smem),
+                )
+                for source, target in sources:
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], q_fetched.at[slot])
+
+            return done + end - first
+
+        for_each(items, fetch_item, jnp.int32(0))
+
+    def d_key_and_value(number, tile, batch, head, done):
+        own = lax.rem(number, jnp.int32(SLOTS))
+        own_k, own_v = k_smem.at[own, warpgroup], v_smem.at[own, warpgroup]
+        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+        steps, position = end - first, position_ref[batch]
+        rows = rows_of(tile, warpgroup)
+        kv_start = rows.start
+        plgpu.barrier_wait(own_fetched.at[own])
         staging = None if staging_smem is None else staging_smem.at[warpgroup]
         shape = (kv, q)
 
         def over_queries(d_k_acc, d_v_acc):
             def step(i, masked: bool):
-                slot = lax.rem(i, jnp.int32(blocks.stages))
-                plgpu.barrier_wait(fetched.at[slot])
+                slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                plgpu.barrier_wait(q_fetched.at[slot])
                 logits, counts = _product(own_k, q_smem.at[slot]), None
                 if masked:
                     counts = visible(
@@ -267,22 +283,17 @@ def _d_key_kernel(
 
                 logsumexp = a_query(logsumexp_smem)
                 weights = _probabilities(logits, logsumexp, axis=1, scale=scale, counts=counts)
-                # Kept as they are multiplied: beside the two sums, registers are few.
-                weights = weights.astype(dtype)
-                add_product(d_v_acc, weights, d_out_smem.at[slot], staging)
+                add_product(d_v_acc, weights.astype(dtype), d_out_smem.at[slot], staging)
                 d_weights = _product(own_v, d_out_smem.at[slot])
                 d_weights -= lax.broadcast_in_dim(a_query(delta_smem), shape, [1])
-                if staging is not None:
-                    weights = plgpu.load(staging, layout=plgpu.Layout.WGMMA)
-                d_logits = weights.astype(jnp.float32) * d_weights
+                d_logits = weights * d_weights
                 add_product(d_k_acc, d_logits.astype(dtype), q_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(consumed.at[slot])
+                plgpu.barrier_arrive(q_consumed.at[slot])
 
             # The first blocks of queries may see a part of the keys, those behind them see all.
             needs_mask = causal or q_segment_ref is not None or kv_len % (WARPGROUPS * kv) != 0
-            # At head_dim 128 a second loop, without a mask, would spill registers.
-            all_masked = q_segment_ref is not None or (needs_mask and head_dim > 64)
+            all_masked = q_segment_ref is not None
             partly = steps
             if not all_masked:
                 partly = jnp.int32(0)
@@ -298,11 +309,19 @@ def _d_key_kernel(
             own_k[...] = (d_k_acc[...] * scale).astype(dtype)
             own_v[...] = d_v_acc[...].astype(dtype)
 
-        accumulator = plgpu.ACC((kv, head_dim), jnp.float32)
+        accumulator = plgpu.ACC((kv, q_ref.shape[-1]), jnp.float32)
         pl.run_scoped(over_queries, accumulator, accumulator)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_k, d_k_ref.at[batch, rows, head])
         plgpu.copy_smem_to_gmem(own_v, d_v_ref.at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(own_consumed.at[own])
+        return done + steps
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        for_each(items, d_key_and_value, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -346,25 +365,32 @@ def backward(
     of_kv = visited(masking, rows=(blocks.backward_q, kv_tile), outer="kv", **mask)
     operands = query, key, value, shared_key, shared_value, d_out, logsumexp, delta
 
-    def rows(number, size):
-        return plgpu.SMEM((number, size, head_dim), dtype, transforms=TRANSFORMS)
+    def rows(*shape):
+        return plgpu.SMEM((*shape, head_dim), dtype, transforms=TRANSFORMS)
 
-    def numbers(number, size):
-        return plgpu.SMEM((number, size), jnp.float32)
+    def numbers(*shape):
+        return plgpu.SMEM(shape, jnp.float32)
 
-    def staging(size, width, needed=False):
-        shape = (WARPGROUPS, size, width)
-        return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS) if needed or blocks.staged else None
+    def staging(*shape):
+        if not blocks.staged:
+            return None
+        return plgpu.SMEM((WARPGROUPS, *shape), dtype, transforms=TRANSFORMS)
 
-    def kernel(body, name, out_type, tiles, scratch):
+    def kernel(body, name, out_type, tiles, descending, buffers, fetched):
+        programs = blocks.programs or multiprocessors()
+        items = Items(tiles, batch, heads, descending, programs)
+        consumed = tuple(
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=number)
+            for number in (SLOTS, blocks.stages)
+        )
         return plgpu.kernel(
-            functools.partial(body, **static),
+            functools.partial(body, items=items, **static),
             out_type=out_type,
-            grid=(heads, tiles, batch),
-            grid_names=("head", "tile", "batch"),
+            grid=items.grid,
+            grid_names=("program",),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
-            scratch_types=scratch,
+            scratch_types=(buffers, fetched, consumed),
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=name,
         )
@@ -372,35 +398,35 @@ def backward(
     def fetched(copies, number):
         return plgpu.Barrier(num_arrivals=copies, num_barriers=number)
 
-    consumed = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=blocks.stages)
-    own = [rows(WARPGROUPS, blocks.q)] * 2 + [numbers(WARPGROUPS, blocks.q)] * 2
-    of_keys = [rows(blocks.stages, blocks.backward_kv)] * 2
+    own = (SLOTS, WARPGROUPS, blocks.q)
+    of_keys = (blocks.stages, blocks.backward_kv)
     d_query = kernel(
         _d_query_kernel,
         "gqe_backward_queries",
         jax.ShapeDtypeStruct(query.shape, dtype),
         q_len // q_tile,
+        True,  # the last queries see the most keys
         (
-            (*own, *of_keys, staging(blocks.q, blocks.backward_kv)),
-            fetched(4, WARPGROUPS),
-            (fetched(1, blocks.stages),) * 2,
-            consumed,
+            *(rows(*own), rows(*own), numbers(*own), numbers(*own)),
+            *(rows(*of_keys), rows(*of_keys)),
+            staging(blocks.q, blocks.backward_kv),
         ),
+        (fetched(4 * WARPGROUPS, SLOTS), fetched(1, blocks.stages), fetched(1, blocks.stages)),
     )(*operands, of_q, masking.position, *masking[1:])
-    own = [rows(WARPGROUPS, blocks.backward_kv)] * 2
-    of_queries = [rows(blocks.stages, blocks.backward_q)] * 2
-    of_queries += [numbers(blocks.stages, blocks.backward_q)] * 2
+    own = (SLOTS, WARPGROUPS, blocks.backward_kv)
+    of_queries = (blocks.stages, blocks.backward_q)
     of_read = jax.ShapeDtypeStruct((batch, kv_len, heads, head_dim), dtype)
     d_key, d_value = kernel(
         _d_key_kernel,
         "gqe_backward_keys",
         (of_read, of_read),
         kv_len // kv_tile,
+        False,  # the first keys are seen by the most queries
         (
-            (*own, *of_queries, staging(blocks.backward_kv, blocks.backward_q, head_dim > 64)),
-            fetched(2, WARPGROUPS),
-            fetched(4, blocks.stages),
-            consumed,
+            *(rows(*own), rows(*own)),
+            *(rows(*of_queries), rows(*of_queries), numbers(*of_queries), numbers(*of_queries)),
+            staging(blocks.backward_kv, blocks.backward_q),
         ),
+        (fetched(2 * WARPGROUPS, SLOTS), fetched(4, blocks.stages)),
     )(*operands, of_kv, masking.position, *masking[1:])
     return d_query, d_key, d_value

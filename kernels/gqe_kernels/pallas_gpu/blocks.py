@@ -15,6 +15,7 @@ class BlockSizes:
       stages: blocks of keys and values in shared memory.
       backward_kv: rows of keys of each warpgroup of the kernel of dK and dV.
       backward_q: rows of queries in a step of it.
+      programs: thread blocks that share the work out; None: one a multiprocessor.
       staged: products take no operand from registers; for jax's interpreter, which cannot.
     """
 
@@ -23,6 +24,7 @@ class BlockSizes:
     stages: int = 2
     backward_kv: int = 64
     backward_q: int = 64
+    programs: int | None = None
     staged: bool = False
 
     def __post_init__(self):

@@ -10,6 +10,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
+from gqe_kernels.pallas_gpu.items import (
+    SLOTS,
+    Items,
+    fetch_own,
+    for_each,
+    multiprocessors,
+    of_head,
+)
 from gqe_kernels.pallas_gpu.mask import (
     LOG2E,
     MASKED,
@@ -44,58 +52,53 @@ def _kernel(
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
+    items: Items,
 ):
-    head, batch = lax.axis_index("head"), lax.axis_index("batch")
-    # The last queries see the most keys: their tiles are the first to start.
-    tile = table_ref.shape[1] - 1 - lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     q_smem, k_smem, v_smem, logsumexp_smem, staging_smem = buffers
     q_fetched, k_fetched, v_fetched = fetched
-    k_consumed, v_consumed = consumed
+    q_consumed, k_consumed, v_consumed = consumed
     head_dim, dtype = q_ref.shape[-1], q_ref.dtype
-    first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-    steps = end - first
+
+    def rows_of(tile, warpgroup):
+        return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
 
     @pl.when(warpgroup == WARPGROUPS)
     def fetch():
         plgpu.set_max_registers(24, action="decrease")
 
-        def fetch_from(k, v):
-            @pl.loop(0, steps)
-            def step(i):
-                slot = lax.rem(i, jnp.int32(blocks.stages))
-                rows = pl.ds((first + i) * blocks.kv, blocks.kv)
-                pl.when(i >= blocks.stages)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
-                plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
-                pl.when(i >= blocks.stages)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
-                plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
+        def fetch_item(number, tile, batch, head, done):
+            def queries(slot):
+                for i in range(WARPGROUPS):
+                    yield q_ref.at[batch, rows_of(tile, i), head], q_smem.at[slot, i]
 
-        def of_group():
-            group = lax.div(head, jnp.int32(heads_per_group))
-            fetch_from(
-                lambda rows: k_ref.at[batch, rows, group], lambda rows: v_ref.at[batch, rows, group]
-            )
+            fetch_own(number, queries, q_fetched, q_consumed)
+            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
 
-        if shared_k_ref is None:
-            of_group()
-        else:
-            pl.when(head < hard)(of_group)
-            pl.when(head == hard)(
-                lambda: fetch_from(
-                    lambda rows: shared_k_ref.at[batch, rows],
-                    lambda rows: shared_v_ref.at[batch, rows],
-                )
-            )
+            def keys_and_values(k, v):
+                @pl.loop(0, end - first)
+                def step(i):
+                    slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                    again = done + i >= blocks.stages
+                    rows = pl.ds((first + i) * blocks.kv, blocks.kv)
+                    pl.when(again)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
+                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
+                    pl.when(again)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
+                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        q_start = (tile * WARPGROUPS + warpgroup) * blocks.q
-        own_q, own_logsumexp = q_smem.at[warpgroup], logsumexp_smem.at[warpgroup]
-        rows = pl.ds(q_start, blocks.q)
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], own_q, q_fetched.at[warpgroup])
-        plgpu.barrier_wait(q_fetched.at[warpgroup])
-        position = position_ref[batch]
+            shared = shared_k_ref, shared_v_ref
+            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            return done + end - first
+
+        for_each(items, fetch_item, jnp.int32(0))
+
+    def attend(number, tile, batch, head, done):
+        own = lax.rem(number, jnp.int32(SLOTS))
+        own_q, own_logsumexp = q_smem.at[own, warpgroup], logsumexp_smem.at[warpgroup]
+        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+        steps, position = end - first, position_ref[batch]
+        rows = rows_of(tile, warpgroup)
+        plgpu.barrier_wait(q_fetched.at[own])
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -106,7 +109,7 @@ def _kernel(
 
         def step(i, carry, masked: bool):
             acc, row_max, row_sum = carry
-            slot = lax.rem(i, jnp.int32(blocks.stages))
+            slot = lax.rem(done + i, jnp.int32(blocks.stages))
             plgpu.barrier_wait(k_fetched.at[slot])
 
             def product_with_keys(ref):
@@ -122,7 +125,7 @@ def _kernel(
                     shape,
                     q_axis=0,
                     batch=batch,
-                    q_start=q_start,
+                    q_start=rows.start,
                     kv_start=(first + i) * blocks.kv,
                     position=position,
                     causal=causal,
@@ -161,7 +164,7 @@ def _kernel(
         if kv_len % blocks.kv:
             whole = jnp.minimum(whole, kv_len // blocks.kv - first)
         if causal:
-            seen = lax.div(jnp.maximum(q_start + position + 1, 0), jnp.int32(blocks.kv))
+            seen = lax.div(jnp.maximum(rows.start + position + 1, 0), jnp.int32(blocks.kv))
             whole = jnp.minimum(whole, seen - first)
         whole = jnp.int32(0) if q_segment_ref is not None else jnp.maximum(whole, 0)
         pl.when(warpgroup == 1)(take_turns)
@@ -180,6 +183,14 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_q, out_ref.at[batch, rows, head])
         plgpu.copy_smem_to_gmem(own_logsumexp, logsumexp_ref.at[batch, head, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(q_consumed.at[own])
+        return done + steps
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        for_each(items, attend, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -209,9 +220,16 @@ def forward(
     tile_rows = WARPGROUPS * blocks.q
     table = visited(masking, causal=causal, lengths=lengths, rows=(tile_rows, blocks.kv), outer="q")
 
-    def shared_memory(stages, rows):
-        return plgpu.SMEM((stages, rows, head_dim), query.dtype, transforms=TRANSFORMS)
+    def shared_memory(*shape):
+        return plgpu.SMEM((*shape, head_dim), query.dtype, transforms=TRANSFORMS)
 
+    items = Items(
+        tiles=q_len // tile_rows,
+        batch=batch,
+        heads=heads,
+        descending=True,  # the last queries see the most keys
+        programs=blocks.programs or multiprocessors(),
+    )
     staging = plgpu.SMEM((WARPGROUPS, blocks.q, blocks.kv), query.dtype, transforms=TRANSFORMS)
     kernel = functools.partial(
         _kernel,
@@ -221,6 +239,7 @@ def forward(
         scale=scale,
         kv_len=lengths[1],
         blocks=blocks,
+        items=items,
     )
     return plgpu.kernel(
         kernel,
@@ -228,24 +247,27 @@ def forward(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
         ),
-        grid=(heads, q_len // tile_rows, batch),
-        grid_names=("head", "tile", "batch"),
+        grid=items.grid,
+        grid_names=("program",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=(
             (
-                shared_memory(WARPGROUPS, blocks.q),
+                shared_memory(SLOTS, WARPGROUPS, blocks.q),
                 shared_memory(blocks.stages, blocks.kv),
                 shared_memory(blocks.stages, blocks.kv),
                 plgpu.SMEM((WARPGROUPS, blocks.q), jnp.float32),
                 staging if blocks.staged else None,
             ),
             (
-                plgpu.Barrier(num_barriers=WARPGROUPS),
+                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=SLOTS),
                 plgpu.Barrier(num_barriers=blocks.stages),
                 plgpu.Barrier(num_barriers=blocks.stages),
             ),
-            (plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=blocks.stages),) * 2,
+            tuple(
+                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=number)
+                for number in (SLOTS, blocks.stages, blocks.stages)
+            ),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),

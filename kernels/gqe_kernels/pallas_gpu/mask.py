@@ -1,5 +1,8 @@
 """What the GPU kernels do alike with a tile of logits."""
 
+import functools
+import operator
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -48,31 +51,36 @@ def visible(
       position: of query 0 among the keys.
     """
 
-    def index(axis):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+    # Indices of one axis each, for a thread has few rows and columns of the tile, but many entries.
+    # What the block's place adds goes to the queries.
+    layouts = [plgpu.Layout.WGMMA.reduce(1 - axis) for axis in (0, 1)]
 
-    query, key = index(q_axis) + q_start, index(1 - q_axis) + kv_start
-    tests = []
-    if causal:
-        tests.append(key <= query + position)
-    if kv_ragged:
-        tests.append(key < kv_len)
+    def index(axis):
+        return plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layouts[axis])
+
+    def spread(x, axis):
+        return lax.broadcast_in_dim(x, shape, [axis])
+
+    kv_axis, tests = 1 - q_axis, []
+    if causal or kv_ragged:
+        last = index(q_axis) + (q_start + position) if causal else None
+        if kv_ragged:
+            last = jnp.minimum(last, kv_len - 1) if causal else kv_len - 1
+        key = index(kv_axis)
+        if causal:
+            tests.append(spread(key, kv_axis) <= spread(last - kv_start, q_axis))
+        else:
+            tests.append(spread(key + kv_start <= last, kv_axis))
     if q_segment_ref is not None:
-        rows = ((q_segment_ref, q_start, q_axis), (kv_segment_ref, kv_start, 1 - q_axis))
         q_segment, kv_segment = (
-            lax.broadcast_in_dim(
-                plgpu.load(
-                    ref.at[batch, pl.ds(start, shape[axis])],
-                    layout=plgpu.Layout.WGMMA.reduce(1 - axis),
-                    optimized=False,
-                ),
-                shape,
-                [axis],
+            plgpu.load(
+                ref.at[batch, pl.ds(start, shape[axis])], layout=layouts[axis], optimized=False
             )
-            for ref, start, axis in rows
+            for ref, start, axis in (
+                (q_segment_ref, q_start, q_axis),
+                (kv_segment_ref, kv_start, kv_axis),
+            )
         )
-        tests += [q_segment == kv_segment, q_segment != 0]
-    mask = tests[0]
-    for test in tests[1:]:
-        mask &= test
-    return mask
+        q_segment = jnp.where(q_segment == 0, -1, q_segment)  # padding sees not even padding
+        tests.append(spread(q_segment, q_axis) == spread(kv_segment, kv_axis))
+    return functools.reduce(operator.and_, tests)

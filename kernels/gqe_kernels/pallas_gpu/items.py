@@ -1,0 +1,104 @@
+"""A persistent grid: a thread block for each multiprocessor takes one item of work after another.
+
+An item is a tile of one head. What it needs once, its own queries say, has two slots in shared
+memory, so that the next item's are fetched while this one's results are on their way out.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+SLOTS = 2
+H200_MULTIPROCESSORS = 132
+
+
+class Items(NamedTuple):
+    """What there is to do: every tile of every head, those of the longest rows first.
+
+    Attributes:
+      descending: the last tile is the longest; else the first.
+      programs: thread blocks of the grid.
+    """
+
+    tiles: int
+    batch: int
+    heads: int
+    descending: bool
+    programs: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Of the kernel; its axis is "program"."""
+        return (min(self.programs, math.prod(self[:3])),)
+
+
+def multiprocessors() -> int:
+    """Of the GPU that is here; where none is, of the one that is compiled for."""
+    if jax.default_backend() != "gpu":
+        return H200_MULTIPROCESSORS
+    return getattr(jax.devices()[0], "core_count", None) or H200_MULTIPROCESSORS
+
+
+def for_each[Carry](items: Items, body: Callable[..., Carry], carry: Carry) -> Carry:
+    """Runs `carry = body(number, tile, batch, head, carry)` for each item of this thread block.
+
+    Items go around the thread blocks from the first to the last and back, which evens out what
+    each gets: they become shorter from round to round.
+
+    Args:
+      body: `number` counts this block's items.
+    """
+    total, (programs,) = math.prod(items[:3]), items.grid
+    program = lax.axis_index("program")
+    rounds, rest = divmod(total, programs)
+    place_in_last = program if rounds % 2 == 0 else programs - 1 - program
+    count = rounds + (place_in_last < rest).astype(jnp.int32)
+
+    def item(number, carry):
+        back = programs - 1 - program
+        place = jnp.where(lax.rem(number, jnp.int32(2)) == 0, program, back)
+        rank = number * programs + place
+        tile = lax.div(rank, jnp.int32(items.batch * items.heads))
+        rest = lax.rem(rank, jnp.int32(items.batch * items.heads))
+        if items.descending:
+            tile = items.tiles - 1 - tile
+        batch, head = lax.div(rest, jnp.int32(items.heads)), lax.rem(rest, jnp.int32(items.heads))
+        return body(number, tile, batch, head, carry)
+
+    return lax.fori_loop(0, count, item, carry)
+
+
+def of_head(batch, head, hard: int, heads_per_group: int, refs, shared_refs, body) -> None:
+    """Calls `body` with what a head reads: a function from rows to a slice for each of `refs`."""
+
+    def of_group():
+        group = lax.div(head, jnp.int32(heads_per_group))
+        body(*(lambda rows, ref=ref: ref.at[batch, rows, group] for ref in refs))
+
+    if shared_refs[0] is None:
+        of_group()
+    else:
+        pl.when(head < hard)(of_group)
+        pl.when(head == hard)(
+            lambda: body(*(lambda rows, ref=ref: ref.at[batch, rows] for ref in shared_refs))
+        )
+
+
+def fetch_own(number, copies, fetched, consumed) -> None:
+    """Fetches what an item needs once, when its slot is free.
+
+    Args:
+      copies: pairs of a source and of the buffer, [slot, ...], that it goes to.
+      fetched, consumed: barriers, one a slot.
+    """
+    slot = lax.rem(number, jnp.int32(SLOTS))
+
+    pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+    for source, target in copies(slot):
+        plgpu.copy_gmem_to_smem(source, target, fetched.at[slot])
