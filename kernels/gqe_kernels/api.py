@@ -1,6 +1,7 @@
 """`routed_attention` and `dense_attention`: the functions people call."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
 from gqe_kernels.pieces import by_pieces
 
-RoutedImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu"]
-DenseImplementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu", "cudnn"]
+Implementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu", "cudnn"]
+
+_logger = logging.getLogger(__name__)
 
 
 def _on_hopper(name: str) -> Callable[..., Array]:
@@ -33,6 +35,7 @@ _ROUTED = {
     "decode": by_pieces(decode.routed_attention),
     "pallas_tpu": pallas_tpu.routed_attention,
     "pallas_gpu": _on_hopper("routed_attention"),
+    "cudnn": cudnn.routed_attention,
 }
 _DENSE = {
     "reference": by_pieces(reference.dense_attention),
@@ -59,7 +62,7 @@ def routed_attention(
     q_segment_ids: Int[Array, "batch q_len"] | None = None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
     q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
-    implementation: RoutedImplementation | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """Attention of the selected query experts: the slots of a GQE layer, before W_O.
 
@@ -82,10 +85,11 @@ def routed_attention(
         batch: chunked prefill and decoding. [batch, piece]: the queries are so many pieces of one
         length, each at its own position, in ascending order: a part of a longer sequence.
       implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
-        (whole logits; keys and values are read once), "pallas_tpu" (a TPU kernel) or "pallas_gpu"
-        (a kernel for Hopper GPUs, by name only: no GPU has run it yet). None: "decode" for a single
-        query; else, when lowered for TPU, "pallas_tpu" where it takes the arguments; "xla"
-        otherwise.
+        (whole logits; keys and values are read once), "pallas_tpu" (a TPU kernel), "pallas_gpu" (a
+        kernel for Hopper GPUs, by name only: no GPU has run it yet) or "cudnn" (the heads that are
+        selected, through `jax.nn.dot_product_attention`). None: "decode" for a single query; else,
+        when lowered for TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments;
+        "xla" otherwise, which on a GPU is logged, once for each reason.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -141,16 +145,18 @@ def routed_attention(
     if implementation is None and q_len == 1:
         implementation = "decode"
     if implementation is not None:
-        _check_implementation(implementation, RoutedImplementation)
+        _check_implementation(implementation, Implementation)
         return _ROUTED[implementation](*operands, **masking)
-    fallback = functools.partial(_ROUTED["xla"], **masking)
+    by_platform = {"default": _ROUTED["xla"]}
     reason = pallas_tpu.unsupported(
         query, key, expert_index, slot_weight, shared_query, q_offset=q_offset
     )
-    if reason is not None:
-        return fallback(*operands)
-    fast = functools.partial(pallas_tpu.routed_attention, **masking)
-    return jax.lax.platform_dependent(*operands, tpu=fast, default=fallback)
+    if reason is None:
+        by_platform["tpu"] = pallas_tpu.routed_attention
+    if _by_cudnn("routed_attention", query, key, masking):
+        by_platform["cuda"] = cudnn.routed_attention
+    bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
+    return jax.lax.platform_dependent(*operands, **bound)
 
 
 def dense_attention(
@@ -163,7 +169,7 @@ def dense_attention(
     q_segment_ids: Int[Array, "batch q_len"] | None = None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
     q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
-    implementation: DenseImplementation | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """Grouped-query attention of all heads: the baseline, on the best kernel of each platform.
 
@@ -173,9 +179,7 @@ def dense_attention(
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
       implementation: "reference", "xla" (linear memory), "decode" (whole logits), "pallas_tpu" (the
         routed kernel with every expert chosen), "pallas_gpu" (as for `routed_attention`) or "cudnn"
-        (through `jax.nn.dot_product_attention`). None: "decode" for a single query; else, when
-        lowered for TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments; "xla"
-        otherwise.
+        (through `jax.nn.dot_product_attention`). None: as for `routed_attention`.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.
@@ -189,15 +193,30 @@ def dense_attention(
     if implementation is None and query.shape[1] == 1:
         implementation = "decode"
     if implementation is not None:
-        _check_implementation(implementation, DenseImplementation)
+        _check_implementation(implementation, Implementation)
         return _DENSE[implementation](query, key, value, **masking)
     by_platform = {"default": _DENSE["xla"]}
     if pallas_tpu.dense_unsupported(query, key, q_offset=q_offset) is None:
         by_platform["tpu"] = pallas_tpu.dense_attention
-    if cudnn.unsupported(query, key, **masking) is None and cudnn.available():
+    if _by_cudnn("dense_attention", query, key, masking):
         by_platform["cuda"] = cudnn.dense_attention
     bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
     return jax.lax.platform_dependent(query, key, value, **bound)
+
+
+def _by_cudnn(name: str, query, key, masking) -> bool:
+    """Whether cuDNN can be called; on a GPU, why not is said."""
+    if not cudnn.available():
+        return False
+    reason = cudnn.unsupported(query, key, **masking)
+    if reason is not None:
+        _say_once(f"{name} on a GPU is by implementation='xla': 'cudnn' does not take {reason}")
+    return reason is None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _check_qkv(query, key, value) -> tuple[int, ...]:

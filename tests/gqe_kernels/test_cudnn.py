@@ -1,12 +1,94 @@
-"""Dense attention by cuDNN, on a GPU."""
+"""Attention by cuDNN, on a GPU; what is around its calls, anywhere."""
+
+import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_kernels import dense_attention
-from tests.gqe_kernels.contract import TOLERANCE, Case, assert_close, make_inputs
+from gqe_kernels import api, cudnn, dense_attention, routed_attention
+from tests.gqe_kernels.contract import (
+    CASES,
+    TOLERANCE,
+    Case,
+    RoutedAttentionContract,
+    assert_close,
+    make_inputs,
+)
+
+TAKEN = tuple(
+    dataclasses.replace(case, head_dim=64)
+    for case in CASES
+    if case.segments is None and case.q_offset == 0
+)
+FEW = (
+    Case(head_dim=64, expert=4, k=2),
+    Case(head_dim=64, shared=None, scale=0.5),
+    Case(head_dim=64, causal=False, kv_len=37, shared="given"),
+)
+
+
+class CudnnContract(RoutedAttentionContract):
+    implementation = "cudnn"
+    dtype = jnp.bfloat16
+    base = Case(head_dim=64)
+    float32_cases = ()
+    bfloat16_cases = TAKEN
+
+    def test_padding_gets_zero_rows_and_gives_no_gradient(self):
+        pytest.skip("cuDNN is not called with segments")
+
+
+@pytest.mark.gpu
+class TestOnTheChip(CudnnContract):
+    pass
+
+
+class TestWithoutAGpu(CudnnContract):
+    bfloat16_cases = FEW
+
+    @pytest.fixture(autouse=True)
+    def xla_for_cudnn(self, monkeypatch):
+        attend = jax.nn.dot_product_attention
+
+        def by_xla(*arguments, implementation, **keywords):
+            assert implementation == "cudnn"
+            return attend(*arguments, **keywords, implementation="xla")
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+
+
+def test_why_a_gpu_does_not_use_cudnn_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(cudnn, "available", lambda: True)
+    api._say_once.cache_clear()
+    arrays, masking = make_inputs(Case(head_dim=64, segments="packed"))
+    arrays = {n: a if n == "expert_index" else jnp.bfloat16(a) for n, a in arrays.items()}
+    call = jax.eval_shape
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            call(lambda: routed_attention(**arrays, **masking))
+    assert [record.message for record in caplog.records] == [
+        "routed_attention on a GPU is by implementation='xla': 'cudnn' does not take "
+        "q_segment_ids: only as a quadratic mask"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "reason"),
+    [
+        ("float32", {}, "query: dtype float32, where bfloat16 or float16"),
+        ("bfloat16", {"head_dim": 136}, "query: head_dim 136, where a multiple of 8 up to 128"),
+        ("bfloat16", {"segments": "packed"}, "q_segment_ids: only as a quadratic mask"),
+        ("bfloat16", {"q_len": 9, "kv_len": 24, "q_offset": 15}, "q_offset: only 0"),
+    ],
+)
+def test_what_cudnn_cannot_take_is_named(dtype, changes, reason):
+    arrays, masking = make_inputs(Case(**({"head_dim": 64} | changes)))
+    arrays = {n: a if n == "expert_index" else jnp.asarray(a, dtype) for n, a in arrays.items()}
+    with pytest.raises(NotImplementedError, match=reason):
+        routed_attention(**arrays, **masking, implementation="cudnn")
 
 
 @pytest.mark.gpu

@@ -141,7 +141,7 @@ _PEERS = {
     "tpu": (own("pallas_tpu"), _SPLASH, own("xla")),
     "cpu": (own("xla"), Peer("jax.nn", _jax_nn)),
 }
-_OURS = {"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
+_OURS = {"gpu": ("pallas_gpu", "cudnn", "xla"), "tpu": ("pallas_tpu", "xla"), "cpu": ("xla",)}
 
 
 def peers(platform: str) -> tuple[Peer, ...]:

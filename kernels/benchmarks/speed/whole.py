@@ -23,8 +23,8 @@ from kernels.benchmarks.speed.peers import Peer, implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
 Known = Mapping[str, Mapping[str, Any]]
-# XLA merges products of one input where they are small; with this limit, in MB, also those of 32,768
-# tokens, so that queries, keys and values are one product.
+# XLA merges products of one input where they are small; with this limit, in MB, also those of
+# 32,768 tokens, so that queries, keys and values are one product.
 MERGING = {"gpu": ({}, {"xla_gpu_dot_merger_threshold_mb": 512})}
 
 
