@@ -15,6 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gqe_kernels import pallas_gpu, routed_attention
 from gqe_kernels.pallas_gpu import attention
 from gqe_kernels.pallas_gpu.items import Items, for_each
+from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
+from tests import oracle
 from tests.gqe_kernels.contract import CASES, Case, RoutedAttentionContract, make_inputs
 
 TAKEN = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
@@ -137,26 +139,34 @@ def test_block_sizes_are_checked():
         pallas_gpu.BlockSizes(stages=1)
 
 
-def test_tables_bound_what_the_mask_shows():
-    from gqe_kernels.pallas_gpu.tables import Masking, visited
-    from tests import oracle
-
+@pytest.mark.parametrize("outer", ["q", "kv"])
+@pytest.mark.parametrize("segments", [None, "ascending", "any"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_visits_are_what_the_mask_shows(causal, segments, outer):
     rng = np.random.default_rng(0)
-    segment = np.sort(rng.integers(1, 5, (2, 256)), axis=1).astype(np.int32)
-    segment[:, 240:] = 0
-    offset = np.array([0, 64], np.int32)
-    for ids in (None, segment):
-        masking = Masking(jnp.asarray(offset), ids, ids)
-        lengths, rows = (250, 250), (64, 32)
-        for outer in ("q", "kv"):
-            table = visited(masking, causal=True, lengths=lengths, rows=rows, outer=outer)
-            for b in range(2):
-                position = offset[b] + np.arange(256)
-                segments = (None, None) if ids is None else (ids[b], ids[b])
-                seen = oracle.visible(position, 256, True, *segments)[:250, :250]
-                blocks = np.pad(seen, 6)[6:262, 6:262].reshape(4, 64, 8, 32).any(axis=(1, 3))
-                blocks = blocks if outer == "q" else blocks.T
-                for i, row in enumerate(blocks):
-                    inside = np.arange(len(row))
-                    inside = (inside >= table[b, i, 0]) & (inside < table[b, i, 1])
-                    assert not (row & ~inside).any()
+    ids = None
+    if segments is not None:
+        ids = rng.integers(1, 5, (2, 8)).repeat(32, axis=1).astype(np.int32)
+        ids = np.sort(ids, axis=1) if segments == "ascending" else ids
+        ids[:, 230:] = 0
+    offset, lengths, rows = np.array([0, 64], np.int32), (250, 250), (64, 32)
+    masking = Masking(jnp.asarray(offset), ids, ids)
+    table = visits(masking, causal=causal, lengths=lengths, rows=rows, outer=outer)
+    wholes = 0
+    for b in range(2):
+        segment_ids = (None, None) if ids is None else (ids[b], ids[b])
+        seen = oracle.visible(offset[b] + np.arange(256), 256, causal, *segment_ids)
+        seen[:, 250:] = False
+        blocks = seen.reshape(4, 64, 8, 32)
+        some, every = blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3))
+        if outer == "kv":
+            some, every = some.T, every.T
+        for i in range(len(some)):
+            visit = Visits.read(table, b, i)
+            visited = [int(visit.block(step)) for step in range(visit.steps)]
+            assert len(set(visited)) == len(visited)
+            assert set(np.flatnonzero(some[i])) <= set(visited)
+            assert set(visited) <= set(range(some.shape[1]))
+            assert every[i][visited[: int(visit.whole)]].all()
+            wholes += int(visit.whole) - every[i].sum()
+    assert wholes == 0 or segments == "any"

@@ -21,18 +21,19 @@ from gqe_kernels.pallas_gpu.items import (
     of_head,
 )
 from gqe_kernels.pallas_gpu.mask import LOG2E, MASKED, TRANSFORMS, add_product, visible
-from gqe_kernels.pallas_gpu.tables import Masking, visited
+from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 
 
-def _product(left_ref, right_ref):
-    """`left @ right.T`, float32, of blocks in shared memory."""
+def _products(*pairs):
+    """`left @ right.T`, float32, of pairs of blocks in shared memory; all are begun at once."""
 
-    def compute(acc_ref):
-        plgpu.wgmma(acc_ref, left_ref, right_ref.transpose((1, 0)))
-        return acc_ref[...]
+    def compute(*accs):
+        for acc, (left, right) in zip(accs, pairs, strict=True):
+            plgpu.wgmma(acc, left, right.transpose((1, 0)))
+        return [acc[...] for acc in accs]
 
-    shape = (left_ref.shape[0], right_ref.shape[0])
-    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+    shapes = [(left.shape[0], right.shape[0]) for left, right in pairs]
+    return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def _probabilities(logits, logsumexp, *, axis: int, scale: float, counts):
@@ -72,6 +73,7 @@ def _d_query_kernel(
     own_fetched, k_fetched, v_fetched = fetched
     own_consumed, kv_consumed = consumed
     dtype, kv = q_ref.dtype, blocks.backward_kv
+    kv_ragged = kv_len % kv != 0
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
@@ -90,28 +92,28 @@ def _d_query_kernel(
                     yield delta_ref.at[batch, head, rows], delta_smem.at[slot, i]
 
             fetch_own(number, of_queries, own_fetched, own_consumed)
-            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+            visit = Visits.read(table_ref, batch, tile)
 
             def keys_and_values(k, v):
-                @pl.loop(0, end - first)
+                @pl.loop(0, visit.steps)
                 def step(i):
                     slot = lax.rem(done + i, jnp.int32(blocks.stages))
-                    rows, again = pl.ds((first + i) * kv, kv), done + i >= blocks.stages
+                    rows, again = pl.ds(visit.block(i) * kv, kv), done + i >= blocks.stages
                     pl.when(again)(lambda: plgpu.barrier_wait(kv_consumed.at[slot]))
                     plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
                     plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
             shared = shared_k_ref, shared_v_ref
             of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
-            return done + end - first
+            return done + visit.steps
 
         for_each(items, fetch_item, jnp.int32(0))
 
     def d_query(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
         own_q, own_d_out = q_smem.at[own, warpgroup], d_out_smem.at[own, warpgroup]
-        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-        steps, position = end - first, position_ref[batch]
+        visit = Visits.read(table_ref, batch, tile)
+        position = position_ref[batch]
         rows = rows_of(tile, warpgroup)
         plgpu.barrier_wait(own_fetched.at[own])
         logsumexp, delta = (
@@ -125,40 +127,34 @@ def _d_query_kernel(
             def step(i, masked: bool):
                 slot = lax.rem(done + i, jnp.int32(blocks.stages))
                 plgpu.barrier_wait(k_fetched.at[slot])
-                logits, counts = _product(own_q, k_smem.at[slot]), None
+                plgpu.barrier_wait(v_fetched.at[slot])
+                logits, d_weights = _products(
+                    (own_q, k_smem.at[slot]), (own_d_out, v_smem.at[slot])
+                )
+                counts = None
                 if masked:
                     counts = visible(
                         shape,
                         q_axis=0,
                         batch=batch,
                         q_start=rows.start,
-                        kv_start=(first + i) * kv,
+                        kv_start=visit.block(i) * kv,
                         position=position,
                         causal=causal,
                         kv_len=kv_len,
-                        kv_ragged=kv_len % kv != 0,
+                        kv_ragged=kv_ragged,
                         q_segment_ref=q_segment_ref,
                         kv_segment_ref=kv_segment_ref,
                     )
                 weights = _probabilities(logits, logsumexp, axis=0, scale=scale, counts=counts)
-                plgpu.barrier_wait(v_fetched.at[slot])
-                d_weights = _product(own_d_out, v_smem.at[slot])
                 d_logits = weights * (d_weights - lax.broadcast_in_dim(delta, shape, [0]))
                 add_product(d_q_acc, d_logits.astype(dtype), k_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(kv_consumed.at[slot])
 
-            whole = steps
-            if kv_len % kv:
-                whole = jnp.minimum(whole, kv_len // kv - first)
-            if causal:
-                seen = lax.div(jnp.maximum(rows.start + position + 1, 0), jnp.int32(kv))
-                whole = jnp.minimum(whole, seen - first)
-            whole = jnp.int32(0) if q_segment_ref is not None else jnp.maximum(whole, 0)
-            if q_segment_ref is None:
-                pl.loop(0, whole)(functools.partial(step, masked=False))
-            if causal or q_segment_ref is not None or kv_len % kv:
-                pl.loop(whole, steps)(functools.partial(step, masked=True))
+            pl.loop(0, visit.whole)(functools.partial(step, masked=False))
+            if causal or q_segment_ref is not None or kv_ragged:
+                pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             return d_q_acc[...]
 
         d_q = pl.run_scoped(over_keys, plgpu.ACC((blocks.q, q_ref.shape[-1]), jnp.float32))
@@ -167,7 +163,7 @@ def _d_query_kernel(
         plgpu.copy_smem_to_gmem(own_q, d_q_ref.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(own_consumed.at[own])
-        return done + steps
+        return done + visit.steps
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -208,6 +204,7 @@ def _d_key_kernel(
     own_fetched, q_fetched = fetched
     own_consumed, q_consumed = consumed
     dtype, q, kv = q_ref.dtype, blocks.backward_q, blocks.backward_kv
+    kv_ragged = kv_len % (WARPGROUPS * kv) != 0
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * kv, kv)
@@ -227,12 +224,12 @@ def _d_key_kernel(
 
             shared = shared_k_ref, shared_v_ref
             of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
-            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+            visit = Visits.read(table_ref, batch, tile)
 
-            @pl.loop(0, end - first)
+            @pl.loop(0, visit.steps)
             def step(i):
                 slot = lax.rem(done + i, jnp.int32(blocks.stages))
-                rows, again = pl.ds((first + i) * q, q), done + i >= blocks.stages
+                rows, again = pl.ds(visit.block(i) * q, q), done + i >= blocks.stages
                 pl.when(again)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
                 sources = (
                     (q_ref.at[batch, rows, head], q_smem),
@@ -243,15 +240,14 @@ def _d_key_kernel(
                 for source, target in sources:
                     plgpu.copy_gmem_to_smem(source, target.at[slot], q_fetched.at[slot])
 
-            return done + end - first
+            return done + visit.steps
 
         for_each(items, fetch_item, jnp.int32(0))
 
     def d_key_and_value(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
         own_k, own_v = k_smem.at[own, warpgroup], v_smem.at[own, warpgroup]
-        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-        steps, position = end - first, position_ref[batch]
+        visit = Visits.read(table_ref, batch, tile)
         rows = rows_of(tile, warpgroup)
         kv_start = rows.start
         plgpu.barrier_wait(own_fetched.at[own])
@@ -262,18 +258,21 @@ def _d_key_kernel(
             def step(i, masked: bool):
                 slot = lax.rem(done + i, jnp.int32(blocks.stages))
                 plgpu.barrier_wait(q_fetched.at[slot])
-                logits, counts = _product(own_k, q_smem.at[slot]), None
+                (logits,) = _products((own_k, q_smem.at[slot]))
+                counts = None
                 if masked:
+                    # Read again: beside both sums, what was kept from without would be spilled.
+                    visit = Visits.read(table_ref, batch, tile)
                     counts = visible(
                         shape,
                         q_axis=1,
                         batch=batch,
-                        q_start=(first + i) * q,
+                        q_start=visit.block(i) * q,
                         kv_start=kv_start,
-                        position=position,
+                        position=position_ref[batch],
                         causal=causal,
                         kv_len=kv_len,
-                        kv_ragged=kv_len % (WARPGROUPS * kv) != 0,
+                        kv_ragged=kv_ragged,
                         q_segment_ref=q_segment_ref,
                         kv_segment_ref=kv_segment_ref,
                     )
@@ -284,28 +283,16 @@ def _d_key_kernel(
                 logsumexp = a_query(logsumexp_smem)
                 weights = _probabilities(logits, logsumexp, axis=1, scale=scale, counts=counts)
                 add_product(d_v_acc, weights.astype(dtype), d_out_smem.at[slot], staging)
-                d_weights = _product(own_v, d_out_smem.at[slot])
+                (d_weights,) = _products((own_v, d_out_smem.at[slot]))
                 d_weights -= lax.broadcast_in_dim(a_query(delta_smem), shape, [1])
                 d_logits = weights * d_weights
                 add_product(d_k_acc, d_logits.astype(dtype), q_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(q_consumed.at[slot])
 
-            # The first blocks of queries may see a part of the keys, those behind them see all.
-            needs_mask = causal or q_segment_ref is not None or kv_len % (WARPGROUPS * kv) != 0
-            all_masked = q_segment_ref is not None
-            partly = steps
-            if not all_masked:
-                partly = jnp.int32(0)
-                if causal:
-                    beyond = jnp.maximum(kv_start + kv - 1 - position + q - 1, 0)
-                    partly = jnp.clip(lax.div(beyond, jnp.int32(q)) - first, 0, steps)
-                if kv_len % (WARPGROUPS * kv):
-                    partly = jnp.where(kv_start + kv > kv_len, steps, partly)
-            if needs_mask:
-                pl.loop(0, partly)(functools.partial(step, masked=True))
-            if not all_masked:
-                pl.loop(partly, steps)(functools.partial(step, masked=False))
+            pl.loop(0, visit.whole)(functools.partial(step, masked=False))
+            if causal or q_segment_ref is not None or kv_ragged:
+                pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             own_k[...] = (d_k_acc[...] * scale).astype(dtype)
             own_v[...] = d_v_acc[...].astype(dtype)
 
@@ -316,7 +303,7 @@ def _d_key_kernel(
         plgpu.copy_smem_to_gmem(own_v, d_v_ref.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(own_consumed.at[own])
-        return done + steps
+        return done + visit.steps
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -361,8 +348,8 @@ def backward(
         "blocks": blocks,
     }
     mask = {"causal": causal, "lengths": lengths}
-    of_q = visited(masking, rows=(q_tile, blocks.backward_kv), outer="q", **mask)
-    of_kv = visited(masking, rows=(blocks.backward_q, kv_tile), outer="kv", **mask)
+    of_q = visits(masking, rows=(q_tile, blocks.backward_kv), outer="q", **mask)
+    of_kv = visits(masking, rows=(blocks.backward_q, kv_tile), outer="kv", **mask)
     operands = query, key, value, shared_key, shared_value, d_out, logsumexp, delta
 
     def rows(*shape):

@@ -26,7 +26,7 @@ from gqe_kernels.pallas_gpu.mask import (
     add_product,
     visible,
 )
-from gqe_kernels.pallas_gpu.tables import Masking, visited
+from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 
 
 def _kernel(
@@ -59,6 +59,7 @@ def _kernel(
     q_fetched, k_fetched, v_fetched = fetched
     q_consumed, k_consumed, v_consumed = consumed
     head_dim, dtype = q_ref.shape[-1], q_ref.dtype
+    kv_ragged = kv_len % blocks.kv != 0
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
@@ -73,14 +74,14 @@ def _kernel(
                     yield q_ref.at[batch, rows_of(tile, i), head], q_smem.at[slot, i]
 
             fetch_own(number, queries, q_fetched, q_consumed)
-            first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
+            visit = Visits.read(table_ref, batch, tile)
 
             def keys_and_values(k, v):
-                @pl.loop(0, end - first)
+                @pl.loop(0, visit.steps)
                 def step(i):
                     slot = lax.rem(done + i, jnp.int32(blocks.stages))
                     again = done + i >= blocks.stages
-                    rows = pl.ds((first + i) * blocks.kv, blocks.kv)
+                    rows = pl.ds(visit.block(i) * blocks.kv, blocks.kv)
                     pl.when(again)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
                     plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
                     pl.when(again)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
@@ -88,15 +89,15 @@ def _kernel(
 
             shared = shared_k_ref, shared_v_ref
             of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
-            return done + end - first
+            return done + visit.steps
 
         for_each(items, fetch_item, jnp.int32(0))
 
     def attend(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
         own_q, own_logsumexp = q_smem.at[own, warpgroup], logsumexp_smem.at[warpgroup]
-        first, end = table_ref[batch, tile, 0], table_ref[batch, tile, 1]
-        steps, position = end - first, position_ref[batch]
+        visit = Visits.read(table_ref, batch, tile)
+        position = position_ref[batch]
         rows = rows_of(tile, warpgroup)
         plgpu.barrier_wait(q_fetched.at[own])
 
@@ -126,11 +127,11 @@ def _kernel(
                     q_axis=0,
                     batch=batch,
                     q_start=rows.start,
-                    kv_start=(first + i) * blocks.kv,
+                    kv_start=visit.block(i) * blocks.kv,
                     position=position,
                     causal=causal,
                     kv_len=kv_len,
-                    kv_ragged=kv_len % blocks.kv != 0,
+                    kv_ragged=kv_ragged,
                     q_segment_ref=q_segment_ref,
                     kv_segment_ref=kv_segment_ref,
                 )
@@ -159,19 +160,11 @@ def _kernel(
             filled((blocks.q,), NOTHING_SEEN, plgpu.Layout.WGMMA.reduce(1)),
             filled((blocks.q,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
         )
-        # Blocks that every query of the warpgroup sees whole come first, and are not masked.
-        whole = steps
-        if kv_len % blocks.kv:
-            whole = jnp.minimum(whole, kv_len // blocks.kv - first)
-        if causal:
-            seen = lax.div(jnp.maximum(rows.start + position + 1, 0), jnp.int32(blocks.kv))
-            whole = jnp.minimum(whole, seen - first)
-        whole = jnp.int32(0) if q_segment_ref is not None else jnp.maximum(whole, 0)
         pl.when(warpgroup == 1)(take_turns)
-        if q_segment_ref is None:
-            carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
-        if causal or q_segment_ref is not None or kv_len % blocks.kv:
-            carry = lax.fori_loop(whole, steps, functools.partial(step, masked=True), carry)
+        carry = lax.fori_loop(0, visit.whole, functools.partial(step, masked=False), carry)
+        if causal or q_segment_ref is not None or kv_ragged:
+            masked = functools.partial(step, masked=True)
+            carry = lax.fori_loop(visit.whole, visit.steps, masked, carry)
         pl.when(warpgroup == 0)(take_turns)
         acc, row_max, row_sum = carry
         # A row that has seen a key has seen its maximum, and its sum is 1 at least.
@@ -185,7 +178,7 @@ def _kernel(
         plgpu.copy_smem_to_gmem(own_logsumexp, logsumexp_ref.at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_consumed.at[own])
-        return done + steps
+        return done + visit.steps
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -218,7 +211,7 @@ def forward(
     """
     batch, q_len, heads, head_dim = query.shape
     tile_rows = WARPGROUPS * blocks.q
-    table = visited(masking, causal=causal, lengths=lengths, rows=(tile_rows, blocks.kv), outer="q")
+    table = visits(masking, causal=causal, lengths=lengths, rows=(tile_rows, blocks.kv), outer="q")
 
     def shared_memory(*shape):
         return plgpu.SMEM((*shape, head_dim), query.dtype, transforms=TRANSFORMS)
