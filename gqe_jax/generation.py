@@ -213,10 +213,11 @@ def _round_up(value: int, step: int) -> int:
 class TextStream:
     """The text of one row as its tokens come, up to a stop sequence.
 
-    Bytes of an unfinished character, and text that may yet become a stop sequence, wait.
+    Bytes of an unfinished character, and text that may yet become a stop sequence, wait. A token is
+    decoded with the few before it: for decoders to whom the first one is another matter.
 
     Args:
-      decode: from all tokens so far to text, with U+FFFD for what is no character.
+      decode: from tokens to text, with U+FFFD for what is no character.
       stop: sequences that end the text, and are no part of it.
 
     >>> text = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stop=["\\n\\n"])
@@ -231,8 +232,11 @@ class TextStream:
             raise ConfigError("stop is ''; a stop sequence must have at least one character")
         self._decode = decode
         self._stop = tuple(stop)
-        self._tokens: list[int] = []
-        self.text = ""
+        self._tokens: list[int] = []  # that are still decoded
+        self._settled = 0  # of these, whose text is known
+        self._known = ""  # their text
+        self._waiting = ""  # text behind what was returned
+        self._returned = 0  # characters after `_waiting` begins
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -240,23 +244,32 @@ class TextStream:
         if self.stopped:
             return ""
         self._tokens.append(token)
-        text = self._decode(self._tokens)
+        text = self._waiting + self._new_text()
         end = min((i for s in self._stop if (i := text.find(s)) >= 0), default=None)
         if end is not None:
             self.stopped = True
-            return self._extend(text[:end])
-        text = text.rstrip("\ufffd")
-        return self._extend(text[: len(text) - self._beginning_of_a_stop(text)])
+            return text[self._returned : end]
+        whole = text.rstrip("\ufffd")
+        ready = len(whole) - self._beginning_of_a_stop(whole)
+        piece = whole[self._returned : ready]
+        self._returned = max(self._returned, ready)
+        if whole == text and text != self._waiting:
+            self._settle(text)
+        return piece
 
     def finish(self) -> str:
         """What was still waiting; no token follows."""
-        return "" if self.stopped else self._extend(self._decode(self._tokens))
+        return "" if self.stopped else (self._waiting + self._new_text())[self._returned :]
 
-    def _extend(self, text: str) -> str:
-        if not text.startswith(self.text):
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
+    def _new_text(self) -> str:
+        """Of the tokens that are not settled."""
+        return self._decode(self._tokens)[len(self._known) :]
+
+    def _settle(self, text: str) -> None:
+        """All characters are whole: what comes is decoded behind the tokens that ended them."""
+        self._tokens = self._tokens[self._settled :]
+        self._settled, self._known = len(self._tokens), self._decode(self._tokens)
+        self._waiting, self._returned = text[self._returned :], 0
 
     def _beginning_of_a_stop(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop sequence."""

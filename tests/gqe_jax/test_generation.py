@@ -1,6 +1,7 @@
 """Generation against whole forward passes without a cache, and the text that comes of tokens."""
 
 import dataclasses
+import itertools
 import re
 import types
 
@@ -177,11 +178,51 @@ def test_text_comes_in_whole_characters():
     assert stream.finish() == "\ufffd"
 
 
+def test_pieces_add_up_to_the_text_whatever_the_bytes():
+    """Broken characters too; each token is decoded a few times, however long the text."""
+    tokens = np.random.default_rng(0).choice(list("aé€\U0001f600".encode()), 2000).tolist()
+    decoded = []
+
+    def decode(tokens):
+        decoded.append(len(tokens))
+        return bytes_to_text(tokens)
+
+    stream = TextStream(decode, stop=["no such text"])
+    text = "".join(stream.push(token) for token in tokens) + stream.finish()
+    assert text == bytes_to_text(tokens)
+    assert sum(decoded) < 20 * len(tokens)
+
+
+def test_words_keep_the_space_before_them():
+    """As SentencePiece's decoders, which leave out the space before the first token."""
+    stream = TextStream(lambda words: "".join(words).removeprefix(" "))
+    assert [stream.push(word) for word in (" a", " b", "c", " ", "d")] == ["a", " b", "c", " ", "d"]
+
+
+def test_text_goes_on_behind_a_broken_character():
+    """As the decoders with bytes for want of a word, to whom one byte spoils all beside it."""
+
+    def decode(tokens):
+        text = ""
+        for is_byte, run in itertools.groupby(tokens, lambda token: isinstance(token, int)):
+            run = list(run)
+            try:
+                text += bytes(run).decode() if is_byte else "".join(run)
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(run)
+        return text
+
+    stream = TextStream(decode)
+    pieces = [stream.push(token) for token in (*"€".encode(), 0xFF, " a", " b")]
+    assert pieces[:4] == ["", "", "€", ""]
+    assert pieces[4].endswith("\ufffd a")
+    assert pieces[5] == " b"
+
+
 def test_text_ends_before_a_stop_sequence():
     stream = TextStream(bytes_to_text, stop=["STOP", "END."])
     pieces = [stream.push(token) for token in b"oSTaEND.x"]
     assert pieces == ["o", "", "", "STa", "", "", "", "", ""]
-    assert stream.text == "oSTa"
     assert stream.stopped
     assert stream.finish() == ""
     unfinished = TextStream(bytes_to_text, stop=["STOP"])
