@@ -36,6 +36,7 @@ _AXES = {
     "q_offset": ("batch",),
 }
 _OF_KEYS = ("key", "value", "shared_key", "shared_value", "kv_segment_ids")
+_OF_ALL_HEADS = ("scale", "causal", "kv_segment_ids", "implementation")
 
 
 def sharded_dense_attention(
@@ -178,7 +179,7 @@ def _shared_slot_by_parts(
         value=arguments["shared_value"][:, :, None],
         expert_index=jnp.zeros((*query.shape[:3], 1), jnp.int32),
         q_offset=(offsets[:, :, None] + parts * rows).reshape(batch, -1),
-        **{n: x for n, x in arguments.items() if n in ("implementation", "kv_segment_ids")},
+        **{n: arguments[n] for n in _OF_ALL_HEADS if n in arguments},
         q_segment_ids=None if segments is None else mine(segments),
     )
     of_all = jax.lax.all_gather(slots.reshape(batch, pieces, 2, rows, -1), group)
