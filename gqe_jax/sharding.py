@@ -40,7 +40,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    # Of GPUs, JAX numbers the hosts so, and any axis may cross those.
+    slices = len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"})
     if slices > 1:
         return _mesh_over_slices(sizes, slices, devices)
     shape = tuple(sizes.values())

@@ -59,6 +59,19 @@ def test_what_does_not_divide_is_named(mesh, changes, message):
         check_divides(config, dict(make_mesh(MeshConfig(**mesh)).shape))
 
 
+def test_any_axis_may_cross_the_hosts_of_gpus(monkeypatch):
+    """JAX numbers the hosts of GPUs as slices, and there is no faster network inside them only."""
+    devices = [SimpleNamespace(platform="gpu", slice_index=i // 4, id=i) for i in range(8)]
+    made = []
+    monkeypatch.setattr(
+        "gqe_jax.sharding.mesh_utils.create_device_mesh",
+        lambda shape, devices: made.append((shape, devices)) or np.array(jax.devices()),
+    )
+    monkeypatch.setattr("gqe_jax.sharding.Mesh", lambda array, *_, **__: array)
+    make_mesh(MeshConfig(data=1, fsdp=8), devices)
+    assert made == [((1, 8, 1, 1), devices)]
+
+
 def test_a_batch_is_fed_by_rows():
     sharding = batch_sharding(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     np.testing.assert_array_equal(local_rows(sharding, 16), np.arange(16))
