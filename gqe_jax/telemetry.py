@@ -116,6 +116,7 @@ class Telemetry:
             )
         self._last_time, self._last_step = time.perf_counter(), self._start
         self._paused = 0.0
+        self._copy()  # so that nobody reads the lines that were taken out
         return self
 
     def __exit__(self, *_: Any) -> None:

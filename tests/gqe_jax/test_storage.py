@@ -100,6 +100,8 @@ def test_metrics_reach_the_store_at_every_sync_and_are_taken_up_again(bucket):
         first.training(2, metrics, 10)
         first.training(3, metrics, 10)
     with telemetry(2) as second:
+        # Nobody, `train` above all, takes the lines from before for those of steps to come.
+        assert [line["step"] for line in read_metrics(f"{bucket}/run")] == [1, 2]
         second.training(3, metrics | {"loss": 1.0}, 10)
     lines = read_metrics(f"{bucket}/run")
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 2.0), (2, 2.0), (3, 1.0)]
