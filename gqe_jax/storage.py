@@ -59,6 +59,14 @@ def find(pattern: str) -> list[pathlib.Path | UPath]:
     return [location(system.unstrip_protocol(name)) for name in names]
 
 
+def file_sizes(directory: pathlib.Path | UPath) -> dict[str, int]:
+    """Bytes of each file of a directory, by name; of an object store in one request."""
+    if not is_remote(directory):
+        return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    found = directory.fs.ls(directory.path, detail=True)
+    return {info["name"].rpartition("/")[2]: info["size"] for info in found}
+
+
 def write_whole(path: pathlib.Path | UPath, content: str | bytes) -> None:
     """Writes a file so that no reader ever finds a part of it; makes its directory."""
     data = content.encode() if isinstance(content, str) else content

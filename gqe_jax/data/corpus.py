@@ -21,7 +21,7 @@ import numpy as np
 
 from gqe_jax.config import ConfigError, from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
-from gqe_jax.storage import is_remote, location, write_whole
+from gqe_jax.storage import file_sizes, is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
@@ -162,10 +162,11 @@ class Split:
         remote = is_remote(directory)
         self._store = directory.fs if remote else None
         self._shards = []
+        sizes = file_sizes(directory)
         for shard in info.shards:
             path = directory / shard.file
             expected = shard.num_tokens * dtype.itemsize
-            actual = path.stat().st_size if path.is_file() else None
+            actual = sizes.get(shard.file)
             if actual != expected:
                 state = "is missing" if actual is None else f"has {actual} bytes"
                 raise DataError(

@@ -59,6 +59,25 @@ def test_a_corpus_in_a_store_is_that_on_a_disk(bucket, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_a_corpus_in_a_store_is_opened_by_a_few_requests(bucket, monkeypatch):
+    """The whole of FineWeb-Edu has thousands of shards, and every host opens it."""
+    write_parquet(f"{bucket}/raw.parquet", [f"text {i}" for i in range(60)])
+    config = PrepareConfig((f"{bucket}/raw.parquet",), f"{bucket}/corpus", shard_tokens=20)
+    config = dataclasses.replace(config, validation_fraction=0.2)
+    assert len(prepare(config, progress=False).splits["train"].shards) > 10
+    asked, memory = [], fsspec.filesystem("memory")
+    for request in ("info", "ls", "exists", "isfile"):
+        method = getattr(type(memory), request)
+
+        def counted(*args, method=method, **kwargs):
+            asked.append(args)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(type(memory), request, counted)
+    Corpus.open(f"{bucket}/corpus")
+    assert 0 < len(asked) < 10
+
+
 def test_a_failed_preparation_leaves_nothing_in_the_store(bucket):
     write_parquet(f"{bucket}/raw/0.parquet", ["one", "two"])
     write_whole(location(f"{bucket}/raw/1.parquet"), b"no parquet")
