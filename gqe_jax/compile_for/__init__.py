@@ -11,7 +11,7 @@ from gqe_jax.compile_for import meshes
 from gqe_jax.compile_for.chips import get_topology
 from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
 from gqe_jax.compile_for.report import as_json, as_text
-from gqe_jax.config import RunConfig
+from gqe_jax.config import ConfigError, RunConfig
 
 __all__ = [
     "CompileCommand",
@@ -38,6 +38,21 @@ class CompileOptions:
     """Compile for up to so many shapes of the mesh, and rank them; a compile takes minutes."""
     json: pathlib.Path | None = None
     """A file for the figures."""
+
+    def __post_init__(self) -> None:
+        for field, least in (("num_slices", 1), ("sweep_meshes", 0)):
+            value = getattr(self, field)
+            if value < least:
+                raise ConfigError(f"{field} is {value}; it must be at least {least}")
+            if value > least and self.compile_for is None:
+                raise ConfigError(f"{field} is {value}; it needs compile_for, a TPU slice")
+        if self.json is not None:
+            if self.compile_for is None:
+                raise ConfigError(f"json is {str(self.json)!r}; it needs compile_for, a TPU slice")
+            if self.json.is_dir() or not self.json.parent.is_dir():
+                raise ConfigError(
+                    f"json is {str(self.json)!r}; it must be a file in a directory that exists"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
