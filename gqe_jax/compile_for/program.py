@@ -69,6 +69,8 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
       DoesNotFitError: the compiler finds that it takes more memory than there is; the message names
         the largest arrays, and what to change.
     """
+    if step == "eval":
+        config = dataclasses.replace(config, accumulation_steps=1)  # as `evaluate_run` has it
     mesh = make_mesh(config.mesh, list(topology.devices))
     check_divides(config, dict(mesh.shape))
     steps = make_steps(config, mesh)
@@ -89,8 +91,10 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
             sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
             lack = f"it takes {sized[1]} of {sized[2]}" if sized else str(error).splitlines()[0]
             within = _arrays_of_jaxpr(traced.jaxpr.jaxpr, mesh.size).items()
-            refusal = _refusal(config, topology, dict(mesh.shape), lack, _shards(arguments), within)
-            raise DoesNotFitError(refusal) from error
+            todo = remedies(config, dict(mesh.shape), step)
+            raise DoesNotFitError(
+                _refusal(topology, lack, _shards(arguments), within, todo)
+            ) from error
     seconds = time.perf_counter() - begun
     program = hlo.parse(compiled.as_text())
     stats = compiled.memory_analysis()
@@ -99,8 +103,8 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     if peak > topology.chip.hbm_bytes:  # the compiler lets a little more than there is pass
         lack = f"it takes {peak / GIB:.1f} GiB of {topology.chip.hbm_bytes / GIB:.0f} GiB"
         within = _largest_of_program(program)
-        refusal = _refusal(config, topology, dict(mesh.shape), lack, _shards(arguments), within)
-        raise DoesNotFitError(refusal)
+        todo = remedies(config, dict(mesh.shape), step)
+        raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo))
     memory = Memory(
         parameters=sum(size for _, size in _shards(abstract.params)),
         optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
@@ -195,26 +199,27 @@ def _arrays_of_jaxpr(jaxpr: Any, parts: int) -> dict[str, float]:
     return sizes
 
 
-def _refusal(config, topology, mesh, lack: str, state, within) -> str:
+def _refusal(topology: Topology, lack: str, state, within, todo: list[str]) -> str:
     lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays are"]
     for title, arrays in (("what the step is given", state), ("what it computes", within)):
         lines.append(f"  of {title}:")
         for name, size in sorted(arrays, key=lambda item: -item[1])[:4]:
             lines.append(f"    {size / GIB:8.2f} GiB  {name}")
-    return "\n".join([*lines, f"To make it fit: {'; '.join(remedies(config, mesh))}"])
+    return "\n".join([*lines, f"To make it fit: {'; '.join(todo)}"])
 
 
-def remedies(config: RunConfig, mesh: dict[str, int]) -> list[str]:
+def remedies(config: RunConfig, mesh: dict[str, int], step: Step) -> list[str]:
     """What would lower the memory of a step, in the order of what it costs."""
     copies = mesh["data"] * mesh["fsdp"]
     rows = config.batch_size // config.accumulation_steps // copies
     found = []
     if rows > 1:
-        found.append(
-            f"--accumulation-steps {config.accumulation_steps * rows} (a sequence on a chip at a "
-            f"time, where now there are {rows})"
-        )
-    if config.model.remat != "keep_nothing":
+        fewer = {
+            "train": f"--accumulation-steps {config.accumulation_steps * rows}",
+            "eval": f"--batch-size {copies}",
+        }[step]
+        found.append(f"{fewer} (a sequence on a chip at a time, where now there are {rows})")
+    if step == "train" and config.model.remat != "keep_nothing":
         found.append(f"--model.remat keep_nothing (now {config.model.remat})")
     if mesh["data"] > 1:
         found.append(f"a larger --mesh.fsdp (now {mesh['fsdp']}, with {mesh['data']} copies)")

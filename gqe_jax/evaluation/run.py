@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import tyro
 
 from gqe_jax.checkpoint import Checkpoints
@@ -56,7 +57,10 @@ class RunEvaluation:
 
 
 def defaults_for(run_dir: str) -> EvalConfig:
-    """The evaluation that a run's own configuration implies, on all devices of this machine.
+    """The evaluation that a run's own configuration implies.
+
+    Its mesh is the run's, which a large model may need, where that fits the devices there are; else
+    all of them share the batch.
 
     Raises:
       CheckpointError: there is no such run.
@@ -68,7 +72,16 @@ def defaults_for(run_dir: str) -> EvalConfig:
         batch_size=run.batch_size,
         sequence_length=run.sequence_length,
         data=run.data,
+        mesh=run.mesh if _fits(run.mesh) else MeshConfig(),
     )
+
+
+def _fits(mesh: MeshConfig) -> bool:
+    try:
+        mesh.resolve(jax.device_count())
+    except ConfigError:
+        return False
+    return True
 
 
 def evaluate_run(config: EvalConfig) -> RunEvaluation:

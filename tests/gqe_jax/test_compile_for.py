@@ -1,6 +1,7 @@
 """The proof before the bill: the reader of compiled programs, the estimate, and a whole compile."""
 
 import dataclasses
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import CONFIGS
-from gqe_jax.compile_for import hlo
+from gqe_jax.compile_for import CompileOptions, hlo
 from gqe_jax.compile_for.chips import CHIPS, get_topology
 from gqe_jax.compile_for.collectives import Collective, collectives, replica_groups
 from gqe_jax.compile_for.costs import Costs, count
@@ -331,10 +332,45 @@ def test_remedies_name_what_can_still_change():
         batch_size=8,
         model=dataclasses.replace(SMALL.model, remat="keep_nothing"),
     )
-    found = remedies(done, {"data": 1, "fsdp": 1, "context": 64, "tensor": 2})
+    found = remedies(done, {"data": 1, "fsdp": 1, "context": 64, "tensor": 2}, "train")
     assert found == ["a shorter --sequence-length (now 128)", "more chips"]
-    found = remedies(done, {"data": 1, "fsdp": 1, "context": 32, "tensor": 2})
+    found = remedies(done, {"data": 1, "fsdp": 1, "context": 32, "tensor": 2}, "train")
     assert found[0] == "a larger --mesh.context (now 32)"
+
+
+def test_remedies_of_an_evaluation_leave_out_what_is_of_training():
+    scored = dataclasses.replace(SMALL, accumulation_steps=1)
+    scored = dataclasses.replace(scored, model=dataclasses.replace(SMALL.model, remat="keep_dots"))
+    found = "; ".join(remedies(scored, {"data": 2, "fsdp": 1, "context": 1, "tensor": 1}, "eval"))
+    assert found.startswith(
+        "--batch-size 2 (a sequence on a chip at a time, where now there are 4)"
+    )
+    assert "accumulation" not in found
+    assert "remat" not in found
+
+
+def test_an_evaluation_needs_no_rows_for_every_part():
+    """`SMALL` accumulates over two parts, of which a chip would have half a sequence."""
+    few = dataclasses.replace(SMALL, mesh=MeshConfig(data=4), batch_size=4)
+    topology = get_topology("v5e:2x2")
+    with pytest.raises(ConfigError, match="batch_size / accumulation_steps is 2"):
+        compile_step(few, topology, "train")
+    assert compile_step(few, topology, "eval").config.accumulation_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sweep_meshes": -1}, "sweep_meshes is -1; it must be at least 0"),
+        ({"num_slices": 0}, "num_slices is 0; it must be at least 1"),
+        ({"json": pathlib.Path("no/where.json")}, "json is 'no/where.json'; it must be a file in"),
+        ({"compile_for": None, "json": pathlib.Path("a.json")}, "'a.json'; it needs compile_for"),
+        ({"compile_for": None, "num_slices": 2}, "num_slices is 2; it needs compile_for"),
+    ],
+)
+def test_options_that_cannot_work_are_named_before_the_compile(options, message):
+    with pytest.raises(ConfigError, match=message):
+        CompileOptions(**{"compile_for": "v5e:2x2"} | options)
 
 
 def test_sweep_tries_only_meshes_that_can_work():

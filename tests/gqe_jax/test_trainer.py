@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -193,6 +194,24 @@ def test_evaluation_of_a_run_equals_the_last_one_in_training(finished):
         same, mesh=MeshConfig(data=2, fsdp=2, tensor=2), batch_size=4, batches=4
     )
     assert evaluate_run(mixed).held_out.loss == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        (MeshConfig(data=-1, fsdp=4), MeshConfig(data=-1, fsdp=4)),
+        (MeshConfig(data=2, fsdp=16), MeshConfig()),
+    ],
+    ids=["it fits", "of a larger machine"],
+)
+def test_an_evaluation_is_on_the_runs_mesh_where_that_fits(finished, tmp_path, mesh, expected):
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoints" / "30" / "run" / "metadata"
+    content = json.loads(saved.read_text())
+    content["config"]["mesh"] = mesh.sizes
+    saved.write_text(json.dumps(content))
+    assert defaults_for(str(tmp_path / "run")).mesh == expected
 
 
 def test_evaluation_of_no_run_is_named(tmp_path):
