@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from configs import CONFIGS
+from configs.compiled import CompiledConfig, run_table
 from gqe_jax.commands import parse
 from gqe_jax.compile_for import CompileCommand, CompileOptions
 from gqe_jax.trainer import CONFIG_FILE
@@ -110,6 +112,32 @@ def test_preparing_and_training_from_a_bucket(tmp_path):
     [directory] = (tmp_path / "bucket" / "runs").iterdir()
     assert (directory / CONFIG_FILE).is_file()
     assert (directory / "checkpoints" / "1").is_dir()
+
+
+def test_a_run_is_started_and_the_connection_let_go(tmp_path):
+    """A host's shell that keeps its output open holds ssh until the training ends."""
+    [started] = re.findall(r'--command="([^"]*nohup[^"]*)"', PODS)
+    command, count = re.subn(r"\.venv/bin/python .*?(?= [<>])", "sleep 8", started)
+    assert count == 1
+    (tmp_path / "gqe-jax").mkdir()
+    result = subprocess.run(
+        ["bash", "-c", f"{command} echo $!"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+        timeout=4,
+    )
+    os.kill(int(result.stdout), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("table", ["slices", "context", "attention"])
+def test_the_tables_are_what_was_compiled(table, monkeypatch):
+    def not_kept(*arguments, **_):
+        raise AssertionError(f"docs/compiled.json lacks a row: {arguments}")
+
+    monkeypatch.setattr("configs.compiled.subprocess.run", not_kept)
+    kept = REPOSITORY / "docs" / "compiled.json"
+    assert f"\n{run_table(CompiledConfig(table, kept))}\n" in PODS
 
 
 def test_the_manifest_is_of_one_pod_a_host_that_goes_on_after_a_death():
