@@ -33,7 +33,7 @@ _AXES = {
     "shared_value": ("batch", "sequence", None),
     "q_segment_ids": ("batch", "sequence"),
     "kv_segment_ids": ("batch", "sequence"),
-    "q_offset": ("batch",),
+    "q_offset": ("batch", None),
 }
 _OF_KEYS = ("key", "value", "shared_key", "shared_value", "kv_segment_ids")
 _OF_ALL_HEADS = ("scale", "causal", "kv_segment_ids", "implementation")

@@ -129,7 +129,12 @@ def test_a_layer_alone_takes_sequences_in_natural_order(length):
     np.testing.assert_allclose(actual, layer(x)[0], atol=1e-5)
 
 
-def test_every_head_has_the_scale_and_the_causality_that_it_is_given():
+@pytest.mark.parametrize(
+    "masking",
+    [{"scale": 1.5, "causal": False}, {"q_offset": np.array([[0, 8], [3, 20]])}],
+    ids=["scale and causality", "queries in two pieces"],
+)
+def test_every_head_is_masked_as_the_call_says(masking):
     rng = np.random.default_rng(0)
     shapes = {"query": (4, 2, 8), "key": (4, 8), "value": (4, 8), "shared_query": (8,)}
     arguments = {
@@ -142,7 +147,6 @@ def test_every_head_has_the_scale_and_the_causality_that_it_is_given():
         "shared_value": None,
         "implementation": "reference",
     }
-    masking = {"scale": 1.5, "causal": False}
 
     def sharded(arrays):
         return sharded_routed_attention(**arguments | arrays, **masking)
