@@ -202,8 +202,8 @@ class Checkpoints:
                 else "delete that directory to start anew: there is no earlier one"
             )
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be read: it is damaged or of "
-                f"another version ({reason}); {remedy}"
+                f"checkpoint {self.directory / str(step)} cannot be read ({reason}); if it is "
+                f"damaged or of another version, {remedy}"
             ) from error
 
 

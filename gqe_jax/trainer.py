@@ -222,11 +222,9 @@ class _Loop:
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
         self.unsettled: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        scored = [
-            (line["step"], line["eval_loss"])
-            for line in read_metrics(config.run_dir)
-            if "eval_loss" in line
-        ]
+        # Many hosts need not all fetch the file from a bucket.
+        lines = read_metrics(config.run_dir) if processes.is_first() else []
+        scored = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
         self.eval_loss: dict[int, float] = dict(processes.from_first(scored))
 
     def run(self, state: TrainState, step: int) -> TrainState:
