@@ -1,8 +1,8 @@
-"""Routed attention on Hopper GPUs: what is fused around the kernels, and their vjp.
+"""Routed attention on Hopper GPUs: what is around the kernels, and their vjp.
 
-Selecting experts, the mean over groups, the weighted slot and the gradients of these are XLA's, as
-elementwise work that it fuses: on a GPU the selected queries are read by tiles, and each tile of
-selected queries would have to be gathered from all experts of the group anew.
+The forward kernel selects the experts where their tiles of queries fit into shared memory. Else,
+and in the gradients, selecting is elementwise work beside the kernels, as are the mean over groups
+and the weighted slot.
 """
 
 import functools
@@ -16,11 +16,12 @@ from gqe_kernels import reference
 from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
+from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.tables import Masking
 
 
 class _Static(NamedTuple):
-    heads_per_group: int
+    heads: Heads
     causal: bool
     scale: float
     lengths: tuple[int, int]
@@ -28,9 +29,11 @@ class _Static(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Padded to whole blocks; the last head of `query` is the shared one, if there is one."""
+    """As `forward` takes them."""
 
-    query: Float[Array, "batch q_len head head_dim"]
+    query: Float[Array, "batch q_len expert head_dim"]
+    index: Int[Array, "batch head q_len"] | None
+    shared_query: Float[Array, "batch q_len head_dim"] | None
     key: Float[Array, "batch kv_len group head_dim"]
     value: Float[Array, "batch kv_len group head_dim"]
     shared_key: Float[Array, "batch kv_len head_dim"] | None
@@ -65,19 +68,33 @@ def routed_attention(
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """As `reference.routed_attention`, for the arguments that the kernels take."""
     _check(query, key, scale)
-    selected = reference.select_experts(query, expert_index)
-    batch, q_len, group, k, head_dim = selected.shape
+    batch, q_len, group, experts, head_dim = query.shape
     if shared_query is not None and shared_key is None:
         shared_key, shared_value = (
             jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
         )
-    heads = selected.reshape(batch, q_len, group * k, head_dim).astype(query.dtype)
-    if shared_query is not None:
-        heads = jnp.concatenate([heads, shared_query[:, :, None]], axis=2)
-    out = _attend(heads, key, value, shared_key, shared_value, scale=scale, **masking)
-    hard = out[:, :, : group * k].reshape(selected.shape)
-    shared = None if shared_query is None else out[:, :, -1]
-    return reference.concatenate_slots(hard, slot_weight, shared, query.dtype)
+    heads = Heads(
+        group=group,
+        per_group=expert_index.shape[3],
+        shared=shared_query is not None,
+        weighted=slot_weight is not None,
+    )
+    if 1 < experts <= block_sizes(head_dim).most_experts(head_dim):
+        heads = heads._replace(experts=experts)
+        query = query.reshape(batch, q_len, -1, head_dim)
+        index = jnp.moveaxis(expert_index.reshape(batch, q_len, -1), 1, 2).astype(jnp.int32)
+    else:
+        query = reference.select_experts(query, expert_index).reshape(batch, q_len, -1, head_dim)
+        if shared_query is not None:
+            query = jnp.concatenate([query, shared_query[:, :, None]], axis=2)
+        index = shared_query = None
+    operands = _Operands(query, index, shared_query, key, value, shared_key, shared_value)
+    slots = _attend(operands, heads, scale=scale, **masking)
+    if slot_weight is None:
+        return slots
+    hard = slots[:, :, : heads.hard].reshape(*expert_index.shape, head_dim).astype(jnp.float32)
+    weighted = jnp.sum(slot_weight.astype(jnp.float32)[..., None] * hard, axis=(2, 3))
+    return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
 
 
 def dense_attention(
@@ -90,8 +107,10 @@ def dense_attention(
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """As `reference.dense_attention`: the same kernels on every head."""
     _check(query, key, scale)
-    heads = query.reshape(*query.shape[:2], -1, query.shape[-1])
-    return _attend(heads, key, value, None, None, scale=scale, **masking)
+    heads = Heads(group=query.shape[2], per_group=query.shape[3])
+    query = query.reshape(*query.shape[:2], -1, query.shape[-1])
+    operands = _Operands(query, None, None, key, value, None, None)
+    return _attend(operands, heads, scale=scale, **masking)
 
 
 def _check(query, key, scale) -> None:
@@ -101,45 +120,48 @@ def _check(query, key, scale) -> None:
 
 
 def _attend(
-    query: Float[Array, "batch q_len head head_dim"],
-    key,
-    value,
-    shared_key,
-    shared_value,
+    operands: _Operands,
+    heads: Heads,
     *,
     scale: float,
     causal: bool,
     q_segment_ids: Int[Array, "batch q_len"] | None,
     kv_segment_ids: Int[Array, "batch kv_len"] | None,
     q_offset: int | Int[Array, ""] | Int[Array, "batch"],
-) -> Float[Array, "batch q_len head head_dim"]:
-    """Each head attends to its group's keys, the last, if they are given, to the shared ones."""
-    batch, q_len, heads, head_dim = query.shape
-    kv_len, group = key.shape[1:3]
+) -> Float[Array, "batch q_len slot head_dim"]:
+    """The slots of all heads; of `operands` as they are without padding."""
+    batch, q_len, _, head_dim = operands.query.shape
+    kv_len = operands.key.shape[1]
     blocks = block_sizes(head_dim)
     q_pad = -q_len % max(WARPGROUPS * blocks.q, blocks.backward_q)
     kv_pad = -kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv)
 
-    def padded(x, rows):
+    def padded(x, rows, axis=1):
         if x is None or rows == 0:
             return x
-        return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, [(0, rows if n == axis else 0) for n in range(x.ndim)])
 
     static = _Static(
-        heads_per_group=(heads - (shared_key is not None)) // group,
+        heads=heads,
         causal=causal,
         scale=float(scale),
         lengths=(q_len, kv_len),
         blocks=blocks,
     )
-    of_keys = (padded(x, kv_pad) for x in (key, value, shared_key, shared_value))
     int32 = lambda x: None if x is None else x.astype(jnp.int32)  # noqa: E731
     masking = Masking(
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,)),
         padded(int32(q_segment_ids), q_pad),
         padded(int32(kv_segment_ids), kv_pad),
     )
-    return _attention(static, _Operands(padded(query, q_pad), *of_keys), masking)[:, :q_len]
+    query, index, shared_query, *of_keys = operands
+    operands = _Operands(
+        padded(query, q_pad),
+        padded(index, q_pad, axis=2),
+        padded(shared_query, q_pad),
+        *(padded(x, kv_pad) for x in of_keys),
+    )
+    return _attention(static, operands, masking)[:, :q_len]
 
 
 def block_sizes(head_dim: int) -> BlockSizes:
@@ -149,32 +171,64 @@ def block_sizes(head_dim: int) -> BlockSizes:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, operands: _Operands, masking: Masking):
-    return _attention_forward(static, operands, masking)[0]
+    return forward(*operands, masking, **static._asdict()).slots
 
 
 def _attention_forward(static, operands, masking):
-    out, logsumexp = forward(*operands, masking, **static._asdict())
-    return out, (operands, masking, out, logsumexp)
+    selects = operands.index is not None
+    found = forward(*operands, masking, keep_selected=selects, **static._asdict())
+    if not selects:
+        found = found._replace(selected=operands.query)
+    return found.slots, (operands._replace(query=None, shared_query=None), masking, found)
 
 
-def _attention_backward(static, residuals, d_out):
-    operands, masking, out, logsumexp = residuals
-    delta = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    d_query, d_key, d_value = backward(
-        *operands, masking, logsumexp, delta, d_out, **static._asdict()
+def _attention_backward(static, residuals, d_slots):
+    operands, masking, found = residuals
+    heads = static.heads
+    delta = jnp.einsum(
+        "bthd,bthd->bht", found.slots.astype(jnp.float32), d_slots.astype(jnp.float32)
     )
-    group, hard = operands.key.shape[2], operands.key.shape[2] * static.heads_per_group
+    d_query, d_key, d_value = backward(
+        found.selected,
+        *operands[3:],
+        masking,
+        found.logsumexp,
+        delta,
+        d_slots,
+        **static._asdict(),
+    )
 
     def of_groups(x):
-        if static.heads_per_group == 1:
-            return x[:, :, :hard]
-        parts = x[:, :, :hard].reshape(*x.shape[:2], group, static.heads_per_group, -1)
+        if heads.per_group == 1:
+            return x[:, :, : heads.hard]
+        parts = x[:, :, : heads.hard].reshape(*x.shape[:2], heads.group, heads.per_group, -1)
         return jnp.sum(parts.astype(jnp.float32), axis=3).astype(x.dtype)
 
     shared = (None, None)
-    if operands.shared_key is not None:
-        shared = d_key[:, :, hard], d_value[:, :, hard]
-    return _Operands(d_query, of_groups(d_key), of_groups(d_value), *shared), None
+    if heads.shared:
+        shared = d_key[:, :, heads.hard], d_value[:, :, heads.hard]
+    d_shared_query = None
+    if operands.index is not None:
+        d_shared_query = d_query[:, :, heads.hard] if heads.shared else None
+        d_query = _of_experts(d_query[:, :, : heads.hard], operands.index, heads)
+    d_operands = _Operands(
+        d_query, None, d_shared_query, of_groups(d_key), of_groups(d_value), *shared
+    )
+    return d_operands, None
+
+
+def _of_experts(
+    d_selected: Float[Array, "batch q_len head head_dim"],
+    index: Int[Array, "batch head q_len"],
+    heads: Heads,
+) -> Float[Array, "batch q_len expert head_dim"]:
+    """The transpose of selecting: what was not selected has no gradient."""
+    batch, q_len, _, head_dim = d_selected.shape
+    index = jnp.moveaxis(index, 1, 2).reshape(batch, q_len, heads.group, heads.per_group, 1)
+    parts = d_selected.reshape(batch, q_len, heads.group, heads.per_group, 1, head_dim)
+    chosen = index == jnp.arange(heads.experts)
+    d_query = jnp.sum(jnp.where(chosen[..., None], parts, 0), axis=3)
+    return d_query.reshape(batch, q_len, -1, head_dim)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -11,15 +11,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
-from gqe_kernels.pallas_gpu.items import (
-    SLOTS,
-    Items,
-    fetch_own,
-    for_each,
-    multiprocessors,
-    of_head,
-)
+from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
+from gqe_kernels.pallas_gpu.heads import Heads
+from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot, multiprocessors
 from gqe_kernels.pallas_gpu.mask import LOG2E, MASKED, TRANSFORMS, add_product, visible
 from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 
@@ -60,8 +54,7 @@ def _d_query_kernel(
     fetched,
     consumed,
     *,
-    heads_per_group: int,
-    hard: int,
+    heads: Heads,
     causal: bool,
     scale: float,
     kv_len: int,
@@ -83,15 +76,16 @@ def _d_query_kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def fetch_item(number, tile, batch, head, done):
-            def of_queries(slot):
-                for i in range(WARPGROUPS):
-                    rows = rows_of(tile, i)
-                    yield q_ref.at[batch, rows, head], q_smem.at[slot, i]
-                    yield d_out_ref.at[batch, rows, head], d_out_smem.at[slot, i]
-                    yield logsumexp_ref.at[batch, head, rows], logsumexp_smem.at[slot, i]
-                    yield delta_ref.at[batch, head, rows], delta_smem.at[slot, i]
-
-            fetch_own(number, of_queries, own_fetched, own_consumed)
+            own = free_slot(number, own_consumed)
+            for i in range(WARPGROUPS):
+                rows, slot = rows_of(tile, i), heads.slot(head)
+                for source, target in (
+                    (q_ref.at[batch, rows, head], q_smem),
+                    (d_out_ref.at[batch, rows, slot], d_out_smem),
+                    (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
+                    (delta_ref.at[batch, slot, rows], delta_smem),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[own, i], own_fetched.at[own])
             visit = Visits.read(table_ref, batch, tile)
 
             def keys_and_values(k, v):
@@ -104,7 +98,7 @@ def _d_query_kernel(
                     plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
             shared = shared_k_ref, shared_v_ref
-            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
             return done + visit.steps
 
         for_each(items, fetch_item, jnp.int32(0))
@@ -191,8 +185,7 @@ def _d_key_kernel(
     fetched,
     consumed,
     *,
-    heads_per_group: int,
-    hard: int,
+    heads: Heads,
     causal: bool,
     scale: float,
     kv_len: int,
@@ -214,16 +207,16 @@ def _d_key_kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def fetch_item(number, tile, batch, head, done):
-            def keys_and_values(k, v):
-                def copies(slot):
-                    for i in range(WARPGROUPS):
-                        yield k(rows_of(tile, i)), k_smem.at[slot, i]
-                        yield v(rows_of(tile, i)), v_smem.at[slot, i]
+            own = free_slot(number, own_consumed)
 
-                fetch_own(number, copies, own_fetched, own_consumed)
+            def keys_and_values(k, v):
+                for i in range(WARPGROUPS):
+                    rows = rows_of(tile, i)
+                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[own, i], own_fetched.at[own])
+                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[own, i], own_fetched.at[own])
 
             shared = shared_k_ref, shared_v_ref
-            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
             visit = Visits.read(table_ref, batch, tile)
 
             @pl.loop(0, visit.steps)
@@ -233,9 +226,9 @@ def _d_key_kernel(
                 pl.when(again)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
                 sources = (
                     (q_ref.at[batch, rows, head], q_smem),
-                    (d_out_ref.at[batch, rows, head], d_out_smem),
+                    (d_out_ref.at[batch, rows, heads.slot(head)], d_out_smem),
                     (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
-                    (delta_ref.at[batch, head, rows], delta_smem),
+                    (delta_ref.at[batch, heads.slot(head), rows], delta_smem),
                 )
                 for source, target in sources:
                     plgpu.copy_gmem_to_smem(source, target.at[slot], q_fetched.at[slot])
@@ -323,7 +316,7 @@ def backward(
     delta,
     d_out,
     *,
-    heads_per_group: int,
+    heads: Heads,
     causal: bool,
     scale: float,
     lengths: tuple[int, int],
@@ -332,16 +325,16 @@ def backward(
     """Gradients of the queries, and of what each head reads: [batch, kv_len, head, head_dim].
 
     Args:
-      logsumexp, delta: of each head and query, [batch, head, q_len]; delta is the output times its
-        gradient.
-      d_out: the output's gradient; the others as in `forward`.
+      query: of every head, [batch, q_len, head, head_dim].
+      logsumexp: of each head and query, [batch, head, q_len].
+      delta: of each slot and query, [batch, slot, q_len], the output times its gradient.
+      d_out: the gradient of the slots; the others as in `forward`.
     """
-    batch, q_len, heads, head_dim = query.shape
+    batch, q_len, _, head_dim = query.shape
     kv_len, dtype = key.shape[1], query.dtype
     q_tile, kv_tile = WARPGROUPS * blocks.q, WARPGROUPS * blocks.backward_kv
     static = {
-        "heads_per_group": heads_per_group,
-        "hard": heads - (shared_key is not None),
+        "heads": heads,
         "causal": causal,
         "scale": scale,
         "kv_len": lengths[1],
@@ -365,7 +358,7 @@ def backward(
 
     def kernel(body, name, out_type, tiles, descending, buffers, fetched):
         programs = blocks.programs or multiprocessors()
-        items = Items(tiles, batch, heads, descending, programs)
+        items = Items(tiles, batch, heads.number, descending, programs)
         consumed = tuple(
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=number)
             for number in (SLOTS, blocks.stages)
@@ -402,7 +395,7 @@ def backward(
     )(*operands, of_q, masking.position, *masking[1:])
     own = (SLOTS, WARPGROUPS, blocks.backward_kv)
     of_queries = (blocks.stages, blocks.backward_q)
-    of_read = jax.ShapeDtypeStruct((batch, kv_len, heads, head_dim), dtype)
+    of_read = jax.ShapeDtypeStruct((batch, kv_len, heads.number, head_dim), dtype)
     d_key, d_value = kernel(
         _d_key_kernel,
         "gqe_backward_keys",

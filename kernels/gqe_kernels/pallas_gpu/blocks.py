@@ -3,6 +3,8 @@
 import dataclasses
 
 WARPGROUPS = 2  # that compute; a third fetches
+SLOTS = 2  # for what an item of work needs once; see items.py
+SHARED_MEMORY = 226 * 1024  # bytes of a thread block, less a KiB for barriers and sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,12 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{name} is {rows}; it must be a multiple of 64")
         if self.stages < 2:
             raise ValueError(f"BlockSizes.stages is {self.stages}; it must be at least 2")
+
+    def most_experts(self, head_dim: int) -> int:
+        """Among so many the forward kernel can select: their tiles fit beside its other blocks."""
+        row = 2 * head_dim  # bytes
+        own, of_keys = SLOTS * WARPGROUPS * self.q * row, 2 * self.stages * self.kv * row
+        return 1 + (SHARED_MEMORY - own - of_keys) // (WARPGROUPS * self.q * row)
 
 
 DEFAULTS = {64: BlockSizes(stages=4), 128: BlockSizes()}

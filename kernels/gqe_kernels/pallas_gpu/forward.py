@@ -1,23 +1,19 @@
 """The forward kernel: two warpgroups of queries over a pipeline of keys and values."""
 
 import functools
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
-from gqe_kernels.pallas_gpu.items import (
-    SLOTS,
-    Items,
-    fetch_own,
-    for_each,
-    multiprocessors,
-    of_head,
-)
+from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
+from gqe_kernels.pallas_gpu.heads import Heads
+from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot, multiprocessors
 from gqe_kernels.pallas_gpu.mask import (
     LOG2E,
     MASKED,
@@ -31,6 +27,8 @@ from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 
 def _kernel(
     q_ref,
+    index_ref,
+    shared_q_ref,
     k_ref,
     v_ref,
     shared_k_ref,
@@ -41,13 +39,13 @@ def _kernel(
     kv_segment_ref,
     out_ref,
     logsumexp_ref,
+    selected_ref,
     buffers,
     fetched,
     consumed,
     turn,
     *,
-    heads_per_group: int,
-    hard: int,
+    heads: Heads,
     causal: bool,
     scale: float,
     kv_len: int,
@@ -55,10 +53,10 @@ def _kernel(
     items: Items,
 ):
     warpgroup = lax.axis_index("warpgroup")
-    q_smem, k_smem, v_smem, logsumexp_smem, staging_smem = buffers
+    q_smem, others_smem, k_smem, v_smem, staging_smem = buffers
     q_fetched, k_fetched, v_fetched = fetched
-    q_consumed, k_consumed, v_consumed = consumed
-    head_dim, dtype = q_ref.shape[-1], q_ref.dtype
+    q_consumed, k_consumed, v_consumed, others_consumed = consumed
+    head_dim, dtype, experts = q_ref.shape[-1], q_ref.dtype, heads.experts
     kv_ragged = kv_len % blocks.kv != 0
 
     def rows_of(tile, warpgroup):
@@ -69,11 +67,25 @@ def _kernel(
         plgpu.set_max_registers(24, action="decrease")
 
         def fetch_item(number, tile, batch, head, done):
-            def queries(slot):
-                for i in range(WARPGROUPS):
-                    yield q_ref.at[batch, rows_of(tile, i), head], q_smem.at[slot, i]
+            own = free_slot(number, q_consumed)
+            if others_smem is not None:
+                pl.when(number > 0)(lambda: plgpu.barrier_wait(others_consumed))
 
-            fetch_own(number, queries, q_fetched, q_consumed)
+            def queries(of_expert):
+                for i, m in itertools.product(range(WARPGROUPS), range(experts)):
+                    target = q_smem.at[own, i] if m == 0 else others_smem.at[i, m - 1]
+                    source = of_expert(rows_of(tile, i), m)
+                    plgpu.copy_gmem_to_smem(source, target, q_fetched.at[own])
+
+            def of_group():
+                start = head if experts == 1 else heads.group_of(head) * experts
+                queries(lambda rows, m: q_ref.at[batch, rows, start + m])
+
+            if shared_q_ref is None:
+                of_group()
+            else:  # whichever expert is selected, it is the shared one
+                shared_queries = lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])  # noqa: E731
+                heads.choose(head, of_group, shared_queries)
             visit = Visits.read(table_ref, batch, tile)
 
             def keys_and_values(k, v):
@@ -88,18 +100,34 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
             shared = shared_k_ref, shared_v_ref
-            of_head(batch, head, hard, heads_per_group, (k_ref, v_ref), shared, keys_and_values)
+            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
             return done + visit.steps
 
         for_each(items, fetch_item, jnp.int32(0))
 
     def attend(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
-        own_q, own_logsumexp = q_smem.at[own, warpgroup], logsumexp_smem.at[warpgroup]
+        own_q = q_smem.at[own, warpgroup]
         visit = Visits.read(table_ref, batch, tile)
         position = position_ref[batch]
         rows = rows_of(tile, warpgroup)
         plgpu.barrier_wait(q_fetched.at[own])
+        if experts > 1:
+            index = plgpu.load(
+                index_ref.at[batch, jnp.minimum(head, heads.hard - 1), rows],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            index = lax.broadcast_in_dim(index, own_q.shape, [0])
+            chosen = plgpu.load(own_q, layout=plgpu.Layout.WGMMA)
+            for m in range(1, experts):
+                other = plgpu.load(others_smem.at[warpgroup, m - 1], layout=plgpu.Layout.WGMMA)
+                chosen = jnp.where(index == m, other, chosen)
+            own_q[...] = chosen
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(others_consumed)
+        if selected_ref is not None:
+            plgpu.copy_smem_to_gmem(own_q, selected_ref.at[batch, rows, head])
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -170,12 +198,13 @@ def _kernel(
         # A row that has seen a key has seen its maximum, and its sum is 1 at least.
         seen = row_sum > 0.5
         inverse = 1.0 / jnp.maximum(row_sum, 0.5)
+        if selected_ref is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         own_q[...] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
         logsumexp = row_max + jnp.log(jnp.maximum(row_sum, 0.5)) * LOG2E
-        own_logsumexp[...] = jnp.where(seen, logsumexp, -NOTHING_SEEN)
+        logsumexp_ref[batch, head, rows] = jnp.where(seen, logsumexp, -NOTHING_SEEN)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own_q, out_ref.at[batch, rows, head])
-        plgpu.copy_smem_to_gmem(own_logsumexp, logsumexp_ref.at[batch, head, rows])
+        plgpu.copy_smem_to_gmem(own_q, out_ref.at[batch, rows, heads.slot(head)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_consumed.at[own])
         return done + visit.steps
@@ -187,58 +216,82 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+class Forward(NamedTuple):
+    """What the forward pass finds; lengths are padded to whole blocks.
+
+    Attributes:
+      slots: the hard slots, one that is not written if `heads.weighted`, and the shared one.
+      logsumexp: in base 2.
+      selected: the queries of every head, if asked for.
+    """
+
+    slots: Float[Array, "batch q_len slot head_dim"]
+    logsumexp: Float[Array, "batch head q_len"]
+    selected: Float[Array, "batch q_len head head_dim"] | None
+
+
 def forward(
-    query: Float[Array, "batch q_len head head_dim"],
+    query: Float[Array, "batch q_len expert head_dim"],
+    index: Int[Array, "batch head q_len"] | None,
+    shared_query: Float[Array, "batch q_len head_dim"] | None,
     key: Float[Array, "batch kv_len group head_dim"],
     value: Float[Array, "batch kv_len group head_dim"],
     shared_key: Float[Array, "batch kv_len head_dim"] | None,
     shared_value: Float[Array, "batch kv_len head_dim"] | None,
     masking: Masking,
     *,
-    heads_per_group: int,
+    heads: Heads,
     causal: bool,
     scale: float,
     lengths: tuple[int, int],
     blocks: BlockSizes,
-) -> tuple[Float[Array, "batch q_len head head_dim"], Float[Array, "batch head q_len"]]:
-    """Each head's output, and its logsumexp in base 2.
+    keep_selected: bool = False,
+) -> Forward:
+    """Attention of each head.
 
     Args:
-      query, key, value, shared_key, shared_value: padded to whole blocks; the last query head is
-        the shared one, if there are shared keys.
-      heads_per_group: query heads that read one head of `key`.
-      lengths: queries and keys before padding.
+      query: of the experts of all groups; of all heads, if `heads.experts` is 1.
+      index: the expert within its group that each hard head takes, if there is a choice.
+      shared_query: then only; else it is the last of `query`.
+      heads: which there are.
+      lengths: queries and keys before padding; all arrays are padded to whole blocks.
+      keep_selected: return the queries of every head as selected from `query`.
     """
-    batch, q_len, heads, head_dim = query.shape
+    batch, q_len, _, head_dim = query.shape
+    experts = heads.experts
     tile_rows = WARPGROUPS * blocks.q
     table = visits(masking, causal=causal, lengths=lengths, rows=(tile_rows, blocks.kv), outer="q")
-
-    def shared_memory(*shape):
-        return plgpu.SMEM((*shape, head_dim), query.dtype, transforms=TRANSFORMS)
-
     items = Items(
         tiles=q_len // tile_rows,
         batch=batch,
-        heads=heads,
+        heads=heads.number,
         descending=True,  # the last queries see the most keys
         programs=blocks.programs or multiprocessors(),
     )
-    staging = plgpu.SMEM((WARPGROUPS, blocks.q, blocks.kv), query.dtype, transforms=TRANSFORMS)
+
+    def shared_memory(*shape, width=head_dim):
+        return plgpu.SMEM((*shape, width), query.dtype, transforms=TRANSFORMS)
+
+    def of_queries(number):
+        return jax.ShapeDtypeStruct((batch, q_len, number, head_dim), query.dtype)
+
     kernel = functools.partial(
         _kernel,
-        heads_per_group=heads_per_group,
-        hard=heads - (shared_key is not None),
+        heads=heads,
         causal=causal,
         scale=scale,
         kv_len=lengths[1],
         blocks=blocks,
         items=items,
     )
-    return plgpu.kernel(
+    consumed = functools.partial(plgpu.Barrier, num_arrivals=WARPGROUPS)
+    others = None if experts == 1 else shared_memory(WARPGROUPS, experts - 1, blocks.q)
+    found = plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+            of_queries(heads.slots),
+            jax.ShapeDtypeStruct((batch, heads.number, q_len), jnp.float32),
+            of_queries(heads.number) if keep_selected else None,
         ),
         grid=items.grid,
         grid_names=("program",),
@@ -247,22 +300,28 @@ def forward(
         scratch_types=(
             (
                 shared_memory(SLOTS, WARPGROUPS, blocks.q),
+                others,
                 shared_memory(blocks.stages, blocks.kv),
                 shared_memory(blocks.stages, blocks.kv),
-                plgpu.SMEM((WARPGROUPS, blocks.q), jnp.float32),
-                staging if blocks.staged else None,
+                shared_memory(WARPGROUPS, blocks.q, width=blocks.kv) if blocks.staged else None,
             ),
             (
-                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=SLOTS),
+                plgpu.Barrier(num_arrivals=WARPGROUPS * experts, num_barriers=SLOTS),
                 plgpu.Barrier(num_barriers=blocks.stages),
                 plgpu.Barrier(num_barriers=blocks.stages),
             ),
-            tuple(
-                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=number)
-                for number in (SLOTS, blocks.stages, blocks.stages)
+            (
+                consumed(num_barriers=SLOTS),
+                consumed(num_barriers=blocks.stages),
+                consumed(num_barriers=blocks.stages),
+                None if experts == 1 else consumed(),
             ),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="gqe_forward",
-    )(query, key, value, shared_key, shared_value, table, masking.position, *masking[1:])
+    )(
+        *(query, index, shared_query, key, value, shared_key, shared_value),
+        *(table, *masking),
+    )
+    return Forward(*found)

@@ -14,7 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-SLOTS = 2
+from gqe_kernels.pallas_gpu.blocks import SLOTS
+
 H200_MULTIPROCESSORS = 132
 
 
@@ -74,31 +75,8 @@ def for_each[Carry](items: Items, body: Callable[..., Carry], carry: Carry) -> C
     return lax.fori_loop(0, count, item, carry)
 
 
-def of_head(batch, head, hard: int, heads_per_group: int, refs, shared_refs, body) -> None:
-    """Calls `body` with what a head reads: a function from rows to a slice for each of `refs`."""
-
-    def of_group():
-        group = lax.div(head, jnp.int32(heads_per_group))
-        body(*(lambda rows, ref=ref: ref.at[batch, rows, group] for ref in refs))
-
-    if shared_refs[0] is None:
-        of_group()
-    else:
-        pl.when(head < hard)(of_group)
-        pl.when(head == hard)(
-            lambda: body(*(lambda rows, ref=ref: ref.at[batch, rows] for ref in shared_refs))
-        )
-
-
-def fetch_own(number, copies, fetched, consumed) -> None:
-    """Fetches what an item needs once, when its slot is free.
-
-    Args:
-      copies: pairs of a source and of the buffer, [slot, ...], that it goes to.
-      fetched, consumed: barriers, one a slot.
-    """
+def free_slot(number, consumed):
+    """The slot of an item's own blocks, when those of the item before the last are done with."""
     slot = lax.rem(number, jnp.int32(SLOTS))
-
     pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-    for source, target in copies(slot):
-        plgpu.copy_gmem_to_smem(source, target, fetched.at[slot])
+    return slot
