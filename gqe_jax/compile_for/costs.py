@@ -133,7 +133,9 @@ def _hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instructio
 def _read(program: Program, inner: Mapping[str, Instruction], position: int) -> int:
     """Bytes that a fusion reads of a parameter: of one that it only slices, the slices'."""
     parameter = next(
-        x for x in inner.values() if x.opcode == "parameter" and x.attributes == f"({position})"
+        x
+        for x in inner.values()
+        if x.opcode == "parameter" and x.attributes.startswith(f"({position})")
     )
     total, names = 0, [parameter.name]
     while names:

@@ -95,6 +95,7 @@ def programs(
     length: int,
     sharding: SingleDeviceSharding,
     flags: dict[str, int] | None = None,
+    implementation: str | None = None,
 ) -> Iterator[tuple[str, jax.stages.Compiled]]:
     """The layer forward, the layer forward and backward, and the model's prefill, compiled."""
     config = CONFIGS["gqe_250m"].model
@@ -105,7 +106,9 @@ def programs(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    make = functools.partial(attention.make_attention, config.attention, dtype=dtype)
+    make = functools.partial(
+        attention.make_attention, config.attention, dtype=dtype, implementation=implementation
+    )
     graphdef, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), dtype, sharding=sharding)
 
@@ -121,7 +124,8 @@ def programs(
     yield "layer, forward", jax.jit(forward).lower(like(params), x).compile(flags)
     yield "layer, both", jax.jit(both).lower(like(params), x, x).compile(flags)
 
-    model_def, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    whole = functools.partial(Transformer, config, implementation=implementation)
+    model_def, params = nnx.split(nnx.eval_shape(lambda: whole(rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
     call = attention.GroupedQueryExperts.__call__
 
@@ -153,10 +157,20 @@ def tpu_cells(compiled: jax.stages.Compiled) -> list[str]:
 
 
 def gpu_cells(compiled: jax.stages.Compiled, tokens: int) -> list[str]:
-    """Columns of the products with a row for each token; temporaries."""
+    """Columns of the products with a row for each token; launches; HBM traffic; temporaries."""
     found = re.findall(rf"%gemm\S* = (\w+)\[{tokens},(\d+)\]", compiled.as_text())
+    program = hlo.parse(compiled.as_text())
+    launches = sum(
+        times * sum(x.opcode in ("fusion", "custom-call") for x in computation.values())
+        for computation, times in program.runs()
+    )
     memory = compiled.memory_analysis().temp_size_in_bytes
-    return [", ".join(f"{columns} ({kind})" for kind, columns in found), f"{memory / 1e6:.0f} MB"]
+    return [
+        ", ".join(columns if kind == "bf16" else f"{columns} ({kind})" for kind, columns in found),
+        str(launches),
+        f"{count(program).hbm_bytes / 1e9:.2f} GB",
+        f"{memory / 1e6:.0f} MB",
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -168,9 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for chip in options.chip:
         gpu = chip == "h200"
-        columns = ["products"] if gpu else ["cycles", "HBM traffic"]
-        print(f"| {chip} | projections | {' | '.join(columns)} | temporaries |")
-        print("|" + "---|" * (3 + len(columns)))
+        columns = ["columns of the products", "launches"] if gpu else ["cycles"]
+        print(f"| {chip} | projections | {' | '.join(columns)} | HBM traffic | temporaries |")
+        print("|" + "---|" * (4 + len(columns)))
+        implementation = "pallas_gpu" if gpu else None
         sharding = SingleDeviceSharding(device(chip))
         forms = [(form, project, None) for form, project in FORMS.items()]
         if gpu:
@@ -178,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         for form, project, flags in forms:
             print(f"compiling for {chip}: {form}", file=sys.stderr, flush=True)
             size = options.batch, options.length
-            for name, compiled in programs(project, *size, sharding, flags):
+            for name, compiled in programs(project, *size, sharding, flags, implementation):
                 cells = gpu_cells(compiled, math.prod(size)) if gpu else tpu_cells(compiled)
                 print(f"| {name} | {form} | {' | '.join(cells)} |", flush=True)
 
