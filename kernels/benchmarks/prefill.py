@@ -3,6 +3,7 @@
     python -m kernels.benchmarks.prefill
     python -m kernels.benchmarks.prefill --budget-minutes 9 --json out/prefill.json
     python -m kernels.benchmarks.prefill --levels op step --lengths 2048 16384
+    python -m kernels.benchmarks.prefill --without tokamax    # should it hang, or stop the device
 
 GQE by the platform's kernel against dense GQA by the fastest kernel that runs here, each at its
 best block sizes, in one process, in turn. Results are written after every case, with a plot; run
@@ -23,7 +24,7 @@ from kernels.benchmarks.speed.cases import FULL, LEVELS, SMALL, Case, Scale, cas
 from kernels.benchmarks.speed.contenders import contenders
 from kernels.benchmarks.speed.figure import draw
 from kernels.benchmarks.speed.op import matmul
-from kernels.benchmarks.speed.timing import repeated, time_contenders
+from kernels.benchmarks.speed.timing import DeviceLost, repeated, time_contenders
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "prefill.json"
 SMALL_RESULTS = pathlib.Path("runs") / "prefill_small.json"
@@ -67,13 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
             break
         say = _progress(f"[{number}/{len(missing)}] {case.name}")
         found = contenders(case, scale, platform, documents.best_options(document, case))
-        outcomes = time_contenders(
-            [*found, matmul(scale.matmul, jnp.dtype(scale.model.dtype))],
-            rounds=options.rounds,
-            seconds=scale.seconds,
-            flops_per_second=speed / 2,
-            progress=say,
-        )
+        found = [one for one in found if one.name not in options.without]
+        try:
+            outcomes = time_contenders(
+                [*found, matmul(scale.matmul, jnp.dtype(scale.model.dtype))],
+                rounds=options.rounds,
+                seconds=scale.seconds,
+                flops_per_second=speed / 2,
+                progress=say,
+            )
+        except DeviceLost as error:
+            sys.exit(f"error: {error}\nrun again, --without it, for what is missing")
         longest = max(longest, time.monotonic() - start)
         record = documents.record(case, outcomes, time.monotonic() - start)
         del found, outcomes  # their arrays, before the next case has its own
@@ -94,6 +99,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="small sizes, as on a CPU")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--lengths", nargs="+", type=int, help="only these")
+    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out, by name")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"rounds is {options.rounds}; a spread needs at least 2")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 import types
 
@@ -59,6 +60,15 @@ def test_every_case_has_a_name_of_its_own_and_a_geometry():
     assert {case.length for case in cases(FULL) if case.level == "op"} == {
         1024 * 2**i for i in range(8)
     }
+
+
+def test_what_the_speeds_to_reach_need_comes_first():
+    found = [(c.level, c.training, c.head_dim, c.length, c.top_k) for c in cases(FULL)]
+    table = [1024 * n for n in (2, 4, 8, 32, 128)]
+    rows = (("op", False), ("layer", False), ("op", True))
+    assert found[:15] == [(*row, 64, length, 1) for row in rows for length in table]
+    assert found[15:17] == [("op", False, head_dim, 16_384, 1) for head_dim in (64, 128)]
+    assert found[17:19] == [("step", True, 64, length, 1) for length in (2048, 16_384)]
 
 
 def test_repeated_work_is_done_again_each_time():
@@ -146,8 +156,62 @@ def test_a_record_has_ratio_rates_and_whatever_failed(monkeypatch):
     assert entries["hopeless"]["screened_seconds"] == 9.0
     assert entries["broken"]["error"] == "ImportError: no such kernel"
     assert "broken" in document.row(record)
-    known = document.best_options({"cases": [record]}, dataclasses.replace(OP, level="layer"))
-    assert list(known.items()) == [("blocks", {"block": 2}), ("near", {})]
+
+
+def test_layers_are_compared_by_the_best_kernels_of_the_op_at_the_nearest_length(monkeypatch):
+    record = document.record(OP, measured(Clock(monkeypatch)), seconds=1.0)
+    kept = {("gqe", "ours"): {}, ("dense", "blocks"): {"block": 2}, ("dense", "near"): {}}
+    others = [
+        {**record, "contenders": [], **changes}
+        for changes in ({"length": 256}, {"training": True}, {"top_k": 2}, {"level": "layer"})
+    ]
+    found = {"cases": [*others, record]}
+    layer = dataclasses.replace(OP, level="layer")
+    assert document.best_options(found, layer) == kept
+    assert document.best_options(found, dataclasses.replace(layer, length=64)) == kept
+    assert document.best_options(found, dataclasses.replace(layer, length=512)) == {}
+    assert document.best_options({"cases": others}, dataclasses.replace(layer, head_dim=4)) == {}
+    known = {("gqe", "cudnn"): {}, ("dense", "tokamax"): {"implementation": "triton"}}
+    assert [entry[:3] for entry in whole._variants("gpu", known)] == [
+        ("cudnn", "gqe", {}),
+        ("tokamax", "gqa", {"implementation": "triton"}),
+    ]
+    names = [entry[0] for entry in whole._variants("gpu", {})]
+    assert names == ["pallas_gpu", *(peer.name for peer in peers("gpu"))]
+
+
+def test_a_slow_contender_is_tried_twice(monkeypatch):
+    clock = Clock(monkeypatch)
+    measured(clock)
+    assert clock.log.count("hopeless") == 2
+    assert clock.log.count("matmul") == 1 + timing.SCREEN + 3
+
+
+def test_a_lost_device_ends_the_case(monkeypatch):
+    clock = Clock(monkeypatch)
+    bad = clock.contender("bad", "dense", 1.0, error=ValueError("illegal address"), block=1)
+    given = {"rounds": 2, "seconds": 1.0, "flops_per_second": 1e12, "progress": lambda _: None}
+    (outcome,) = timing.time_contenders([bad], **given)
+    assert outcome.error == "ValueError: illegal address"
+
+    def lost(_):
+        raise RuntimeError("sticky")
+
+    monkeypatch.setattr(jax, "block_until_ready", lost)
+    message = r"no work after bad \(dense, block 1\): ValueError: illegal address"
+    with pytest.raises(timing.DeviceLost, match=message):
+        timing.time_contenders([bad], **given)
+
+
+def test_a_hanging_contender_ends_the_process(monkeypatch, capsys):
+    left = threading.Event()
+    monkeypatch.setattr(timing, "HANGING", 0.01)
+    monkeypatch.setattr(timing.os, "_exit", lambda code: left.set())
+    with timing._watched(Clock(monkeypatch).contender("slow", "gqe", 1.0)):
+        assert left.wait(10)
+    assert "slow (gqe) has not ended in 0.01 seconds; go on with --without slow" in (
+        capsys.readouterr().err
+    )
 
 
 def test_kernels_that_do_not_run_here_are_recorded_with_their_errors():
@@ -209,7 +273,7 @@ def tiny(monkeypatch):
 
 def test_a_cut_run_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out" / "prefill.json"
-    arguments = ["--json", str(path), "--rounds", "2"]
+    arguments = ["--json", str(path), "--rounds", "2", "--without", "jax.nn"]
 
     def interrupted(case, *rest):
         if case.level == "layer":
@@ -227,6 +291,7 @@ def test_a_cut_run_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     assert whole["versions"]["jax"] == jax.__version__
     assert whole["cases"][0] == first
     assert [case["level"] for case in whole["cases"]] == ["op", "layer"]
+    assert "jax.nn" not in path.read_text().replace(whole["command"], "")
     for case in whole["cases"]:
         assert case["ratio"]["q1"] <= case["ratio"]["median"] <= case["ratio"]["q3"]
         for one in case["contenders"]:

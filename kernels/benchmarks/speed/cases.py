@@ -17,6 +17,8 @@ class Scale:
     Attributes:
       model: the geometry; of it the case replaces the variant, top_k, groups and head size.
       tokens: batch × length, where a length is not longer.
+      first_lengths: those of the speeds to reach.
+      rate_length: of the kernel's rate to reach.
       step_lengths: of the training steps.
       matmul: rows and columns of the matrix product whose rate is the yardstick.
       seconds: that one measurement of one contender should take.
@@ -25,6 +27,8 @@ class Scale:
     model: ModelConfig
     tokens: int
     lengths: tuple[int, ...]
+    first_lengths: tuple[int, ...]
+    rate_length: int
     step_lengths: tuple[int, ...]
     head_dims: tuple[int, ...]
     matmul: int
@@ -35,6 +39,8 @@ FULL = Scale(
     model=CONFIGS["gqe_250m"].model,
     tokens=32_768,
     lengths=tuple(1024 * 2**i for i in range(1, 8)),
+    first_lengths=(2048, 4096, 8192, 32_768, 131_072),
+    rate_length=16_384,
     step_lengths=(2048, 16_384),
     head_dims=(64, 128),
     matmul=8192,
@@ -50,6 +56,8 @@ SMALL = Scale(
     ),
     tokens=256,
     lengths=(128, 256),
+    first_lengths=(128, 256),
+    rate_length=256,
     step_lengths=(128,),
     head_dims=(8,),
     matmul=256,
@@ -115,12 +123,16 @@ def cases(scale: Scale) -> list[Case]:
             for length in lengths
         ]
 
-    found = of("op", False, scale.lengths, small)
-    found += of("layer", False, scale.lengths, small)
-    found += of("op", True, scale.lengths, small)
+    found = []
+    for level, training in (("op", False), ("layer", False), ("op", True)):
+        found += of(level, training, scale.first_lengths, small)
+    for head_dim in scale.head_dims:
+        found += of("op", False, [scale.rate_length], head_dim)
+    found += of("step", True, scale.step_lengths, small)
+    for level, training in (("op", False), ("layer", False), ("op", True)):
+        found += of(level, training, scale.lengths, small)
     for head_dim in others:
         found += of("op", False, scale.lengths, head_dim)
-    found += of("step", True, scale.step_lengths, small)
     found += [
         Case("op", False, length // 2, 1, head_dim)  # one short sequence alone
         for head_dim in scale.head_dims

@@ -18,13 +18,13 @@ def sides(case: Case) -> tuple[str, str]:
 
 
 def contenders(
-    case: Case, scale: Scale, platform: str, known: Mapping[str, Mapping[str, Any]]
+    case: Case, scale: Scale, platform: str, known: Mapping[tuple[str, str], Mapping[str, Any]]
 ) -> list[Contender]:
     """All contenders of a case.
 
     Args:
-      known: the best options of dense kernels, by name, where the op has been timed; at the levels
-        above it no others are tried.
+      known: the best options of the best kernels, by side and name, where the op has been timed; at
+        the levels above it no others are tried.
     """
     if case.level == "op":
         return attention(case, scale, platform)

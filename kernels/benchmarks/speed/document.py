@@ -1,6 +1,7 @@
 """The results as JSON: written whole after every case, and gone on with by the next run."""
 
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from kernels.benchmarks.speed.contenders import sides
 from kernels.benchmarks.speed.timing import Outcome, spread
 
 PACKAGES = ("jax", "jaxlib", "flax", "tokamax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-PEERS_KEPT = 2  # of the op's dense kernels, at the levels above it
+KEPT = {"gqe": 1, "dense": 2}  # of the op's kernels, at the levels above it
 
 
 class DocumentError(ValueError):
@@ -72,22 +73,32 @@ def save(path: pathlib.Path, document: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
-def best_options(document: Mapping[str, Any], case: Case) -> dict[str, dict[str, Any]]:
-    """The options of the fastest dense kernels of the op that this case's layers call, by name.
+def best_options(document: Mapping[str, Any], case: Case) -> dict[tuple[str, str], dict[str, Any]]:
+    """The options of the fastest kernels of the op that this case's layers call, by side and name.
 
-    Empty where that op has not been timed.
+    Of the nearest length that has been timed; empty where none has.
     """
     same = {"level": "op"} | {
-        name: getattr(case, name) for name in ("training", "length", "batch", "head_dim", "top_k")
+        name: getattr(case, name) for name in ("training", "head_dim", "top_k")
     }
-    for record in document["cases"]:
-        if all(record[name] == value for name, value in same.items()):
-            timed = [
-                one for one in record["contenders"] if one["side"] == "dense" and one["seconds"]
-            ]
-            timed.sort(key=lambda one: one["seconds"]["median"])
-            return {one["name"]: one["options"] for one in timed[:PEERS_KEPT]}
-    return {}
+    ops = [
+        record
+        for record in document["cases"]
+        if record["best"] and all(record[name] == value for name, value in same.items())
+    ]
+    if not ops:
+        return {}
+    nearest = min(
+        ops,
+        key=lambda one: (abs(math.log2(one["length"] / case.length)), one["batch"] != case.batch),
+    )
+    timed = [one for one in nearest["contenders"] if one["seconds"]]
+    timed.sort(key=lambda one: one["seconds"]["median"])
+    return {
+        (side, one["name"]): one["options"]
+        for side, kept in KEPT.items()
+        for one in [one for one in timed if one["side"] == side][:kept]
+    }
 
 
 def record(case: Case, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:

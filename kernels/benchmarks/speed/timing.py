@@ -1,9 +1,13 @@
 """Compiles contenders, finds the best options of each, and times them in turn."""
 
+import contextlib
 import dataclasses
+import os
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 SCREEN = 3  # calls of a contender after its first, of which the fastest decides whether it stays
+SCREEN_SECONDS = 2.0  # after so long the second call of a slow contender is the last
+HANGING = 120  # seconds, after which a contender's trial is taken not to end
 HOPELESS = 2.0  # times the best of its side: such a contender is not timed further
+
+
+class DeviceLost(RuntimeError):
+    """A contender failed in a way that leaves the device of no use to this process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +115,9 @@ def time_contenders(
     Returns:
       One outcome for each contender; of those that differ in their options alone, only the fastest
       has rounds.
+
+    Raises:
+      DeviceLost: the device does no work any more, which says nothing of the contenders after.
     """
     times = [_times(one, seconds, flops_per_second) for one in contenders]
     outcomes = []
@@ -119,7 +132,10 @@ def time_contenders(
     for number, (outcome, program) in enumerate(zip(outcomes, compiled, strict=True), 1):
         if program is not None:
             progress(f"trying {number}/{len(outcomes)}: {outcome.contender.name}")
-            _attempt(outcome, lambda o=outcome, p=program, n=times[number - 1]: _screen(o, p, n))
+            with _watched(outcome.contender):
+                _attempt(
+                    outcome, lambda o=outcome, p=program, n=times[number - 1]: _screen(o, p, n)
+                )
     chosen = _chosen(outcomes)
     for number in range(rounds):
         progress(f"round {number + 1}/{rounds}")
@@ -144,7 +160,41 @@ def _attempt(outcome: Outcome, function: Callable[[], Any]) -> Any:
         lines = str(error).strip().splitlines() or [""]
         outcome.error = f"{type(error).__name__}: {lines[0]}"[:500]
         outcome.run = outcome.slots = None
+        _check_device(outcome)
         return None
+
+
+def _check_device(outcome: Outcome) -> None:
+    """After an illegal access all that a process asks of a GPU fails."""
+    try:
+        jax.block_until_ready(jnp.zeros(8) + 1)
+    except Exception as error:
+        raise DeviceLost(
+            f"the device does no work after {_described(outcome.contender)}: {outcome.error}"
+        ) from error
+
+
+def _described(contender: Contender) -> str:
+    options = "".join(f", {name} {value}" for name, value in contender.options.items())
+    return f"{contender.name} ({contender.side}{options})"
+
+
+@contextlib.contextmanager
+def _watched(contender: Contender) -> Iterator[None]:
+    """Ends the process if a kernel hangs, for nothing else can; what it found so far is kept."""
+    timer = threading.Timer(HANGING, _leave, [contender])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _leave(contender: Contender) -> None:
+    message = f"error: {_described(contender)} has not ended in {HANGING} seconds; go on with "
+    print(f"{message}--without {contender.name}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _compile(outcome: Outcome, lowered: jax.stages.Lowered | None) -> jax.stages.Compiled | None:
@@ -171,11 +221,14 @@ def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> Non
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / repeats, result
 
-    _, result = run()
+    first, result = run()
     if contender.slots is not None:
         outcome.slots = contender.slots(result[0])
     del result
-    outcome.screened = min(run()[0] for _ in range(SCREEN))
+    trials = [run()[0]]
+    while len(trials) < SCREEN and (first + sum(trials)) * repeats < SCREEN_SECONDS:
+        trials.append(run()[0])
+    outcome.screened = min(trials)
     outcome.run = lambda: run()[0]
 
 

@@ -22,7 +22,7 @@ from kernels.benchmarks.speed.cases import Case, Scale
 from kernels.benchmarks.speed.peers import Peer, implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
-Known = Mapping[str, Mapping[str, Any]]
+Known = Mapping[tuple[str, str], Mapping[str, Any]]
 # XLA merges products of one input where they are small; with this limit, in MB, also those of
 # 32,768 tokens, so that queries, keys and values are one product.
 MERGING = {"gpu": ({}, {"xla_gpu_dot_merger_threshold_mb": 512})}
@@ -45,15 +45,17 @@ def dense_by(peer: Peer, options: Mapping[str, Any]) -> Iterator[None]:
 
 def _variants(platform: str, known: Known) -> Iterator[tuple[str, str, dict, Callable]]:
     """(name, variant, options, context to trace in): of layers and models."""
-    yield implementations(platform)[0], "gqe", {}, contextlib.nullcontext
+    ours = [name for side, name in known if side == "gqe"] or implementations(platform)[:1]
+    for name in ours:
+        yield name, "gqe", {}, contextlib.nullcontext
+    if any(side == "dense" for side, _ in known):
+        dense = {name: options for (side, name), options in known.items() if side == "dense"}
+    else:
+        dense = {peer.name: peer.options[0] for peer in peers(platform)}
     for peer in peers(platform):
-        if not known:
-            options = peer.options[0]
-        elif peer.name in known:
-            options = known[peer.name]
-        else:
-            continue
-        yield peer.name, "gqa", dict(options), functools.partial(dense_by, peer, options)
+        if peer.name in dense:
+            options = dense[peer.name]
+            yield peer.name, "gqa", dict(options), functools.partial(dense_by, peer, options)
 
 
 def _implementation(name: str, variant: str) -> str | None:
