@@ -237,13 +237,16 @@ class DenseAttentionContract:
 
     implementation: str | None
     cases: tuple[Case, ...] = DENSE_CASES
+    dtype = jnp.float32
 
     def pytest_generate_tests(self, metafunc):
         metafunc.parametrize("case", self.cases, ids=lambda case: case.name)
 
-    def test_float32(self, case):
+    def test_values_and_gradients(self, case):
         arrays, masking = make_inputs(case)
-        values = tuple(arrays[name] for name in ("query", "key", "value"))
+        given = tuple(jnp.asarray(arrays[name], self.dtype) for name in ("query", "key", "value"))
+        values = tuple(np.asarray(x, np.float64) for x in given)  # as they are rounded
+        tolerance = TOLERANCE[jnp.dtype(self.dtype).name]
         expected = oracle.dense_attention(np, *values, **masking)
         cotangent = np.random.default_rng(1).standard_normal(expected.shape)
 
@@ -259,7 +262,7 @@ class DenseAttentionContract:
             )
             return slots, pullback(jnp.asarray(cotangent, slots.dtype))[0]
 
-        slots, grads = value_and_gradients(tuple(map(jnp.float32, values)))
-        assert_close(slots, expected, 2e-5, "slots")
+        slots, grads = value_and_gradients(given)
+        assert_close(slots, expected, tolerance, "slots")
         for name, actual, grad in zip("qkv", grads, expected_grads, strict=True):
-            assert_close(actual, grad, 2e-5, f"gradient of {name}")
+            assert_close(actual, grad, tolerance, f"gradient of {name}")

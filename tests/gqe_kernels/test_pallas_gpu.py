@@ -17,7 +17,14 @@ from gqe_kernels.pallas_gpu import attention
 from gqe_kernels.pallas_gpu.items import Items, for_each
 from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 from tests import oracle
-from tests.gqe_kernels.contract import CASES, Case, RoutedAttentionContract, make_inputs
+from tests.gqe_kernels.contract import (
+    CASES,
+    DENSE_CASES,
+    Case,
+    DenseAttentionContract,
+    RoutedAttentionContract,
+    make_inputs,
+)
 
 TAKEN = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
 
@@ -43,10 +50,26 @@ class TestInterpreted(RoutedAttentionContract):
     bfloat16_cases = (
         Case(batch=1, q_len=300, group=1, head_dim=64),
         Case(batch=1, q_len=150, group=1, head_dim=128, expert=4, k=2, segments="packed"),
-        Case(head_dim=64, causal=False, kv_len=37, shared="given"),
+        # More experts than the kernel selects among.
+        Case(batch=1, head_dim=64, group=1, expert=16, causal=False, kv_len=37, shared="given"),
         Case(head_dim=64, q_len=5, kv_len=24, q_offset=(3, 19), segments="padded"),
         Case(batch=1, head_dim=64, q_len=8, kv_len=24, q_offset=-4, shared=None, weighted=False),
     )
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+class TestDenseInterpreted(DenseAttentionContract):
+    implementation = "pallas_gpu"
+    dtype = jnp.bfloat16
+    cases = (Case(batch=1, q_len=150, expert=3, head_dim=64, segments="packed"),)
+
+
+@pytest.mark.gpu
+class TestDenseOnTheChip(DenseAttentionContract):
+    implementation = "pallas_gpu"
+    dtype = jnp.bfloat16
+    cases = tuple(dataclasses.replace(case, head_dim=64) for case in DENSE_CASES)
 
 
 @pytest.mark.gpu
