@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels import reference
@@ -17,7 +18,7 @@ from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.tables import Masking
+from gqe_kernels.pallas_gpu.tables import Masking, Tables, tables
 
 
 class _Static(NamedTuple):
@@ -32,7 +33,7 @@ class _Operands(NamedTuple):
     """As `forward` takes them."""
 
     query: Float[Array, "batch q_len expert head_dim"]
-    index: Int[Array, "batch head q_len"] | None
+    index: Int[Array, "batch q_len head"] | None
     shared_query: Float[Array, "batch q_len head_dim"] | None
     key: Float[Array, "batch kv_len group head_dim"]
     value: Float[Array, "batch kv_len group head_dim"]
@@ -82,7 +83,7 @@ def routed_attention(
     if 1 < experts <= block_sizes(head_dim).most_experts(head_dim):
         heads = heads._replace(experts=experts)
         query = query.reshape(batch, q_len, -1, head_dim)
-        index = jnp.moveaxis(expert_index.reshape(batch, q_len, -1), 1, 2).astype(jnp.int32)
+        index = expert_index.reshape(batch, q_len, -1).astype(jnp.int32)
     else:
         query = reference.select_experts(query, expert_index).reshape(batch, q_len, -1, head_dim)
         if shared_query is not None:
@@ -136,10 +137,10 @@ def _attend(
     q_pad = -q_len % max(WARPGROUPS * blocks.q, blocks.backward_q)
     kv_pad = -kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv)
 
-    def padded(x, rows, axis=1):
+    def padded(x, rows):
         if x is None or rows == 0:
             return x
-        return jnp.pad(x, [(0, rows if n == axis else 0) for n in range(x.ndim)])
+        return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
 
     static = _Static(
         heads=heads,
@@ -149,19 +150,21 @@ def _attend(
         blocks=blocks,
     )
     int32 = lambda x: None if x is None else x.astype(jnp.int32)  # noqa: E731
+    xp = jnp if isinstance(q_offset, jax.Array) else np
     masking = Masking(
-        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,)),
+        xp.broadcast_to(xp.asarray(q_offset, np.int32), (batch,)),
         padded(int32(q_segment_ids), q_pad),
         padded(int32(kv_segment_ids), kv_pad),
     )
     query, index, shared_query, *of_keys = operands
     operands = _Operands(
         padded(query, q_pad),
-        padded(index, q_pad, axis=2),
+        padded(index, q_pad),
         padded(shared_query, q_pad),
         *(padded(x, kv_pad) for x in of_keys),
     )
-    return _attention(static, operands, masking)[:, :q_len]
+    visited = tables(masking, causal=causal, lengths=static.lengths, blocks=blocks)
+    return _attention(static, operands, masking, visited)[:, :q_len]
 
 
 def block_sizes(head_dim: int) -> BlockSizes:
@@ -170,20 +173,21 @@ def block_sizes(head_dim: int) -> BlockSizes:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, operands: _Operands, masking: Masking):
-    return forward(*operands, masking, **static._asdict()).slots
+def _attention(static: _Static, operands: _Operands, masking: Masking, visited: Tables):
+    return forward(*operands, masking, visited.forward, **static._asdict()).slots
 
 
-def _attention_forward(static, operands, masking):
+def _attention_forward(static, operands, masking, visited):
     selects = operands.index is not None
-    found = forward(*operands, masking, keep_selected=selects, **static._asdict())
+    found = forward(*operands, masking, visited.forward, keep_selected=selects, **static._asdict())
     if not selects:
         found = found._replace(selected=operands.query)
-    return found.slots, (operands._replace(query=None, shared_query=None), masking, found)
+    operands = operands._replace(query=None, shared_query=None)
+    return found.slots, (operands, masking, visited, found)
 
 
 def _attention_backward(static, residuals, d_slots):
-    operands, masking, found = residuals
+    operands, masking, visited, found = residuals
     heads = static.heads
     delta = jnp.einsum(
         "bthd,bthd->bht", found.slots.astype(jnp.float32), d_slots.astype(jnp.float32)
@@ -192,6 +196,7 @@ def _attention_backward(static, residuals, d_slots):
         found.selected,
         *operands[3:],
         masking,
+        visited,
         found.logsumexp,
         delta,
         d_slots,
@@ -214,17 +219,17 @@ def _attention_backward(static, residuals, d_slots):
     d_operands = _Operands(
         d_query, None, d_shared_query, of_groups(d_key), of_groups(d_value), *shared
     )
-    return d_operands, None
+    return d_operands, None, None
 
 
 def _of_experts(
     d_selected: Float[Array, "batch q_len head head_dim"],
-    index: Int[Array, "batch head q_len"],
+    index: Int[Array, "batch q_len head"],
     heads: Heads,
 ) -> Float[Array, "batch q_len expert head_dim"]:
     """The transpose of selecting: what was not selected has no gradient."""
     batch, q_len, _, head_dim = d_selected.shape
-    index = jnp.moveaxis(index, 1, 2).reshape(batch, q_len, heads.group, heads.per_group, 1)
+    index = index.reshape(batch, q_len, heads.group, heads.per_group, 1)
     parts = d_selected.reshape(batch, q_len, heads.group, heads.per_group, 1, head_dim)
     chosen = index == jnp.arange(heads.experts)
     d_query = jnp.sum(jnp.where(chosen[..., None], parts, 0), axis=3)

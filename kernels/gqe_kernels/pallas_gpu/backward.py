@@ -15,7 +15,7 @@ from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot, multiprocessors
 from gqe_kernels.pallas_gpu.mask import LOG2E, MASKED, TRANSFORMS, add_product, visible
-from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
+from gqe_kernels.pallas_gpu.tables import Masking, Tables, Visits
 
 
 def _products(*pairs):
@@ -46,7 +46,6 @@ def _d_query_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    position_ref,
     q_segment_ref,
     kv_segment_ref,
     d_q_ref,
@@ -107,7 +106,6 @@ def _d_query_kernel(
         own = lax.rem(number, jnp.int32(SLOTS))
         own_q, own_d_out = q_smem.at[own, warpgroup], d_out_smem.at[own, warpgroup]
         visit = Visits.read(table_ref, batch, tile)
-        position = position_ref[batch]
         rows = rows_of(tile, warpgroup)
         plgpu.barrier_wait(own_fetched.at[own])
         logsumexp, delta = (
@@ -133,7 +131,7 @@ def _d_query_kernel(
                         batch=batch,
                         q_start=rows.start,
                         kv_start=visit.block(i) * kv,
-                        position=position,
+                        position=visit.position,
                         causal=causal,
                         kv_len=kv_len,
                         kv_ragged=kv_ragged,
@@ -176,7 +174,6 @@ def _d_key_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    position_ref,
     q_segment_ref,
     kv_segment_ref,
     d_k_ref,
@@ -262,7 +259,7 @@ def _d_key_kernel(
                         batch=batch,
                         q_start=visit.block(i) * q,
                         kv_start=kv_start,
-                        position=position_ref[batch],
+                        position=visit.position,
                         causal=causal,
                         kv_len=kv_len,
                         kv_ragged=kv_ragged,
@@ -312,6 +309,7 @@ def backward(
     shared_key,
     shared_value,
     masking: Masking,
+    tables: Tables,
     logsumexp,
     delta,
     d_out,
@@ -340,9 +338,6 @@ def backward(
         "kv_len": lengths[1],
         "blocks": blocks,
     }
-    mask = {"causal": causal, "lengths": lengths}
-    of_q = visits(masking, rows=(q_tile, blocks.backward_kv), outer="q", **mask)
-    of_kv = visits(masking, rows=(blocks.backward_q, kv_tile), outer="kv", **mask)
     operands = query, key, value, shared_key, shared_value, d_out, logsumexp, delta
 
     def rows(*shape):
@@ -392,7 +387,7 @@ def backward(
             staging(blocks.q, blocks.backward_kv),
         ),
         (fetched(4 * WARPGROUPS, SLOTS), fetched(1, blocks.stages), fetched(1, blocks.stages)),
-    )(*operands, of_q, masking.position, *masking[1:])
+    )(*operands, tables.d_query, masking.q_segment, masking.kv_segment)
     own = (SLOTS, WARPGROUPS, blocks.backward_kv)
     of_queries = (blocks.stages, blocks.backward_q)
     of_read = jax.ShapeDtypeStruct((batch, kv_len, heads.number, head_dim), dtype)
@@ -408,5 +403,5 @@ def backward(
             staging(blocks.backward_kv, blocks.backward_q),
         ),
         (fetched(2 * WARPGROUPS, SLOTS), fetched(4, blocks.stages)),
-    )(*operands, of_kv, masking.position, *masking[1:])
+    )(*operands, tables.d_key, masking.q_segment, masking.kv_segment)
     return d_query, d_key, d_value

@@ -22,7 +22,7 @@ from gqe_kernels.pallas_gpu.mask import (
     add_product,
     visible,
 )
-from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
+from gqe_kernels.pallas_gpu.tables import Masking, Visits
 
 
 def _kernel(
@@ -34,7 +34,6 @@ def _kernel(
     shared_k_ref,
     shared_v_ref,
     table_ref,
-    position_ref,
     q_segment_ref,
     kv_segment_ref,
     out_ref,
@@ -109,12 +108,11 @@ def _kernel(
         own = lax.rem(number, jnp.int32(SLOTS))
         own_q = q_smem.at[own, warpgroup]
         visit = Visits.read(table_ref, batch, tile)
-        position = position_ref[batch]
         rows = rows_of(tile, warpgroup)
         plgpu.barrier_wait(q_fetched.at[own])
         if experts > 1:
             index = plgpu.load(
-                index_ref.at[batch, jnp.minimum(head, heads.hard - 1), rows],
+                index_ref.at[batch, rows, jnp.minimum(head, heads.hard - 1)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
@@ -156,7 +154,7 @@ def _kernel(
                     batch=batch,
                     q_start=rows.start,
                     kv_start=visit.block(i) * blocks.kv,
-                    position=position,
+                    position=visit.position,
                     causal=causal,
                     kv_len=kv_len,
                     kv_ragged=kv_ragged,
@@ -232,13 +230,14 @@ class Forward(NamedTuple):
 
 def forward(
     query: Float[Array, "batch q_len expert head_dim"],
-    index: Int[Array, "batch head q_len"] | None,
+    index: Int[Array, "batch q_len head"] | None,
     shared_query: Float[Array, "batch q_len head_dim"] | None,
     key: Float[Array, "batch kv_len group head_dim"],
     value: Float[Array, "batch kv_len group head_dim"],
     shared_key: Float[Array, "batch kv_len head_dim"] | None,
     shared_value: Float[Array, "batch kv_len head_dim"] | None,
     masking: Masking,
+    table: Int[Array, "batch q_tile 5"],
     *,
     heads: Heads,
     causal: bool,
@@ -254,13 +253,13 @@ def forward(
       index: the expert within its group that each hard head takes, if there is a choice.
       shared_query: then only; else it is the last of `query`.
       heads: which there are.
+      table: of `Tables`.
       lengths: queries and keys before padding; all arrays are padded to whole blocks.
       keep_selected: return the queries of every head as selected from `query`.
     """
     batch, q_len, _, head_dim = query.shape
     experts = heads.experts
     tile_rows = WARPGROUPS * blocks.q
-    table = visits(masking, causal=causal, lengths=lengths, rows=(tile_rows, blocks.kv), outer="q")
     items = Items(
         tiles=q_len // tile_rows,
         batch=batch,
@@ -322,6 +321,6 @@ def forward(
         kernel_name="gqe_forward",
     )(
         *(query, index, shared_query, key, value, shared_key, shared_value),
-        *(table, *masking),
+        *(table, masking.q_segment, masking.kv_segment),
     )
     return Forward(*found)

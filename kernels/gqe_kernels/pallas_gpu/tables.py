@@ -1,13 +1,18 @@
 """Which blocks a tile visits, as small integer tables in global memory."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
 
 
 class Masking(NamedTuple):
-    """Masking arguments as arrays; lengths are padded to whole blocks.
+    """Masking arguments as arrays, numpy's if they are known; padded to whole blocks.
 
     Attributes:
       position: of the first query of each row of the batch among the keys.
@@ -24,10 +29,12 @@ class Visits(NamedTuple):
     `whole` ones, in which every query sees every key and nothing is masked, come first.
 
     Attributes:
+      position: of query 0 of the batch's row among the keys.
       first: the first block in which some query sees some key.
       first_whole: the first whole one.
     """
 
+    position: Int[Array, ""]
     first: Int[Array, ""]
     first_whole: Int[Array, ""]
     whole: Int[Array, ""]
@@ -45,9 +52,30 @@ class Visits(NamedTuple):
         return cls(*(table_ref[*index, column] for column in range(len(cls._fields))))
 
 
+class Tables(NamedTuple):
+    """The `Visits` of each kernel's tiles: [batch, tile, 5]."""
+
+    forward: Int[Array, "batch q_tile 5"]
+    d_query: Int[Array, "batch q_tile 5"]
+    d_key: Int[Array, "batch kv_tile 5"]
+
+
+def tables(
+    masking: Masking, *, causal: bool, lengths: tuple[int, int], blocks: BlockSizes
+) -> Tables:
+    """Of what is known while tracing, constants: each operation would be a launch of its own."""
+    of = functools.partial(visits, masking, causal=causal, lengths=lengths)
+    q, kv = WARPGROUPS * blocks.q, WARPGROUPS * blocks.backward_kv
+    return Tables(
+        forward=of(rows=(q, blocks.kv), outer="q"),
+        d_query=of(rows=(q, blocks.backward_kv), outer="q"),
+        d_key=of(rows=(blocks.backward_q, kv), outer="kv"),
+    )
+
+
 def visits(
     masking: Masking, *, causal: bool, lengths: tuple[int, int], rows: tuple[int, int], outer: str
-) -> Int[Array, "batch outer 4"]:
+) -> Int[Array, "batch outer 5"]:
     """The `Visits` of each block of the outer axis.
 
     Args:
@@ -55,39 +83,41 @@ def visits(
       rows: of a block of queries and of keys.
       outer: "q" or "kv".
     """
+    xp = jnp if any(isinstance(x, jax.Array) for x in masking) else np
     batch = masking.position.shape[0]
     num_q, num_kv = (-(-length // size) for length, size in zip(lengths, rows, strict=True))
-    first_query = masking.position[:, None, None] + jnp.arange(num_q)[:, None] * rows[0]
-    first_key = jnp.arange(num_kv) * rows[1]
-    some = jnp.ones((batch, num_q, num_kv), bool)
+    first_query = masking.position[:, None, None] + xp.arange(num_q)[:, None] * rows[0]
+    first_key = xp.arange(num_kv) * rows[1]
+    some = xp.ones((batch, num_q, num_kv), bool)
     every = some & (first_key + rows[1] <= lengths[1])
     if causal:
         end = masking.position[:, None, None] + lengths[0]
-        some &= first_key < jnp.minimum(first_query + rows[0], end)
+        some &= first_key < xp.minimum(first_query + rows[0], end)
         every &= first_key + rows[1] <= first_query + 1
     if masking.q_segment is not None:
-        q = _ranges(masking.q_segment, num_q, rows[0], (0, 2, 1))
-        kv = _ranges(masking.kv_segment, num_kv, rows[1], (0, 1, 2))
+        q = _ranges(xp, masking.q_segment, num_q, rows[0], (0, 2, 1))
+        kv = _ranges(xp, masking.kv_segment, num_kv, rows[1], (0, 1, 2))
         some &= (q.low <= kv.high) & (kv.low <= q.high)
         every &= q.one & kv.one & (q.low == kv.low)
     if outer == "kv":
-        some, every = jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2)
+        some, every = xp.swapaxes(some, 1, 2), xp.swapaxes(every, 1, 2)
     number = some.shape[2]
 
     def first_and_behind(x):
         """The first true entry, and the one behind the last."""
-        found = jnp.any(x, axis=2)
-        first, last = jnp.argmax(x, axis=2), jnp.argmax(x[:, :, ::-1], axis=2)
-        return jnp.where(found, first, 0), jnp.where(found, number - last, 0)
+        found = xp.any(x, axis=2)
+        first, last = xp.argmax(x, axis=2), xp.argmax(x[:, :, ::-1], axis=2)
+        return xp.where(found, first, 0), xp.where(found, number - last, 0)
 
     first, end = first_and_behind(some)
     every &= some
-    first_whole = jnp.where(jnp.any(every, axis=2), jnp.argmax(every, axis=2), first)
+    first_whole = xp.where(xp.any(every, axis=2), xp.argmax(every, axis=2), first)
     # Where segments return, whole blocks need not be neighbours: the first of them that are.
-    broken = ~every & (jnp.arange(number) >= first_whole[:, :, None])
-    behind = jnp.where(jnp.any(broken, axis=2), jnp.argmax(broken, axis=2), number)
-    found = Visits(first, first_whole, behind - first_whole, end - first)
-    return jnp.stack(found, axis=-1).astype(jnp.int32)
+    broken = ~every & (xp.arange(number) >= first_whole[:, :, None])
+    behind = xp.where(xp.any(broken, axis=2), xp.argmax(broken, axis=2), number)
+    position = xp.broadcast_to(masking.position[:, None], first.shape)
+    found = Visits(position, first, first_whole, behind - first_whole, end - first)
+    return xp.stack(found, axis=-1).astype(np.int32)
 
 
 class _Ranges(NamedTuple):
@@ -98,11 +128,11 @@ class _Ranges(NamedTuple):
     one: Bool[Array, "..."]
 
 
-def _ranges(segment, blocks: int, rows: int, axes: tuple[int, int, int]) -> _Ranges:
+def _ranges(xp, segment, blocks: int, rows: int, axes: tuple[int, int, int]) -> _Ranges:
     """Each array has the axis of blocks in one of the last two places, 1 in the other."""
     none = 2**30
     cut = segment[:, : blocks * rows].reshape(segment.shape[0], blocks, rows)
-    low = jnp.min(jnp.where(cut == 0, none, cut), axis=2)
-    high = jnp.max(jnp.where(cut == 0, -none, cut), axis=2)
-    one = (low == high) & jnp.all(cut != 0, axis=2)
-    return _Ranges(*(jnp.transpose(x[:, None], axes) for x in (low, high, one)))
+    low = xp.min(xp.where(cut == 0, none, cut), axis=2)
+    high = xp.max(xp.where(cut == 0, -none, cut), axis=2)
+    one = (low == high) & xp.all(cut != 0, axis=2)
+    return _Ranges(*(xp.transpose(x[:, None], axes) for x in (low, high, one)))
