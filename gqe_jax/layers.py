@@ -98,14 +98,35 @@ def rotary(
 
     Source: RoFormer, arXiv 2104.09864. Angles in float32; the result has the dtype of `x`.
     """
-    half = x.shape[-1] // 2
-    frequency = rope_frequencies(half, theta, scaling)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    frequency = rope_frequencies(x.shape[-1] // 2, theta, scaling)
+    return _turned(x, positions.astype(jnp.float32)[..., None] * frequency)
+
+
+def _turn(x, angle, direction):
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 2), -1)
+    sin = jnp.sin(angle) * (direction * jnp.array([[-1.0], [1.0]]))
+    flipped = jnp.flip(halves, axis=-2).astype(jnp.float32)
+    turned = halves.astype(jnp.float32) * jnp.cos(angle) + flipped * sin
+    return turned.astype(x.dtype).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _turned(
+    x: Float[Array, "batch length *heads head_dim"], angle: Float[Array, "batch length half"]
+) -> Float[Array, "batch length *heads head_dim"]:
+    """Each pair of features turned by its angle, which has no gradient.
+
+    The halves are an axis that is flipped, and the gradient is the turn back: of halves cut apart
+    and concatenated XLA makes several passes over HBM on TPU, of these one.
+    """
+    return _turn(x, angle, 1)
+
+
+_turned.defvjp(
+    lambda x, angle: (_turn(x, angle, 1), angle),
+    lambda angle, cotangent: (_turn(cotangent, angle, -1), None),
+)
 
 
 class SwiGLU(nnx.Module):
