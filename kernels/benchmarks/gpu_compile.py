@@ -1,14 +1,22 @@
-"""What ptxas says of the GPU kernels, compiled for an H200 that is not here.
+"""What the compiler says of the GPU kernels, compiled for an H200 that is not here.
 
     python -m kernels.benchmarks.gpu_compile
+    python -m kernels.benchmarks.gpu_compile --instructions
 
-Needs the extra `cuda`, and no GPU.
+Needs the extra `cuda`, and no GPU; `--instructions`, which counts what a step of each loop issues,
+also `pip install nvidia-cuda-nvdisasm`. Beside the kernels stands jax's port of FlashAttention-3.
 """
 
+import argparse
+import functools
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from gqe_kernels import routed_attention
+from gqe_kernels.pallas_gpu.blocks import DEFAULTS
+from kernels.benchmarks import sass
 
 H200 = """
 gpu_device_info {
@@ -34,15 +44,23 @@ device_description_str: "NVIDIA H200"
 LENGTH, GROUP, EXPERT = 1024, 8, 2
 
 
-def compile_case(head_dim: int, segments: bool) -> None:
-    """Compiles forward and backward; ptxas writes its report to the error stream."""
+def _compile(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> None:
     topology = topologies.get_topology_desc(
         topology_name="", topology="1x1x1", platform="cuda", target_config=H200
     )
     sharding = SingleDeviceSharding(topology.devices[0])
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    jax.jit(function).lower(*arguments).compile()
 
-    def like(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype, sharding=sharding)
+
+def _like(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype)
+
+
+def compile_gqe(head_dim: int, segments: bool) -> None:
+    """Forward and backward."""
 
     def loss(query, key, value, shared_query, weight, index, ids):
         slots = routed_attention(
@@ -58,48 +76,117 @@ def compile_case(head_dim: int, segments: bool) -> None:
         )
         return jnp.sum(slots.astype(jnp.float32) ** 2)
 
-    heads = like(GROUP, head_dim)
-    arguments = (
-        like(GROUP, EXPERT, head_dim),
+    heads = _like(GROUP, head_dim)
+    _compile(
+        jax.grad(loss, argnums=(0, 1, 2, 3, 4)),
+        _like(GROUP, EXPERT, head_dim),
         heads,
         heads,
-        like(head_dim),
-        like(GROUP, 1),
-        like(GROUP, 1, dtype=jnp.int32),
-        like(dtype=jnp.int32) if segments else None,
+        _like(head_dim),
+        _like(GROUP, 1),
+        _like(GROUP, 1, dtype=jnp.int32),
+        _like(dtype=jnp.int32) if segments else None,
     )
-    jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*arguments).compile()
+
+
+def compile_peer(head_dim: int) -> None:
+    """jax's port of FlashAttention-3, forward and causal, with as many blocks of keys waiting."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    # It asks the CUDA that is here for its version, where the one that compiles matters.
+    attention_mgpu.cuda_versions = SimpleNamespace(cuda_runtime_get_version=lambda: 13_000)
+    stages = DEFAULTS[head_dim].stages
+    config = attention_mgpu.TuningConfig(
+        block_q=64, block_kv=128, max_concurrent_steps=stages, causal=True
+    )
+    heads, groups = (
+        _like(number, head_dim, dtype=jnp.float16) for number in (GROUP * EXPERT, GROUP)
+    )
+    _compile(lambda *x: attention_mgpu.attention(*x, config), heads, groups, groups)
+
+
+CASES = {
+    **{
+        f"gqe{' with segments' if segments else ''}, {head_dim}": (
+            functools.partial(compile_gqe, head_dim, segments)
+        )
+        for head_dim in (64, 128)
+        for segments in (False, True)
+    },
+    **{
+        f"attention_mgpu, {head_dim}": functools.partial(compile_peer, head_dim)
+        for head_dim in (64, 128)
+    },
+}
+NAMES = {"entry": "attention_mgpu"}  # of kernels, where their own says little
+
+
+def _report(case: str, **dumps: str) -> str:
+    """What the compilers say of a case, in a process of its own, whose streams are read."""
+    found = subprocess.run(
+        [sys.executable, "-m", "kernels.benchmarks.gpu_compile", "--case", case],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", **dumps},
+        capture_output=True,
+        check=False,
+    )
+    text = (found.stdout + found.stderr).replace(b"\0", b"").decode(errors="replace")
+    if found.returncode:
+        sys.exit(text)
+    return text
+
+
+def _named(kernel: str) -> str:
+    name = kernel.removesuffix("_mosaic_gpu_kernel")
+    return NAMES.get(name, name)
+
+
+def _registers() -> Iterator[str]:
+    yield "| kernel | case | registers at launch | bytes spilled | serialised |"
+    yield "|---|---|---|---|---|"
+    for case in CASES:
+        text = _report(case, MOSAIC_GPU_DUMP_PTXAS="1")
+        serialised = "yes" if re.search("serializ", text, re.IGNORECASE) else "no"
+        kernels = re.findall(
+            r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+            text,
+            re.DOTALL,
+        )
+        for name, spilled, registers in kernels:
+            yield f"| {_named(name)} | {case} | {registers} | {spilled} | {serialised} |"
+
+
+def _instructions() -> Iterator[str]:
+    yield (
+        "| kernel | case | loop | instructions | cycles of tensor cores | of exponentials | "
+        "share of the peak, at most |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for case in CASES:
+        text = _report(case, MOSAIC_GPU_DUMP_SASS="1")
+        loops = sass.loops(text)
+        if not loops:
+            sys.exit("no listing: pip install nvidia-cuda-nvdisasm\n" + text)
+        for kernel, of_kernel in itertools.groupby(loops, lambda loop: loop.kernel):
+            for which, loop in zip(("whole", "masked"), of_kernel, strict=True):
+                yield (
+                    f"| {_named(kernel)} | {case} | {which} | {loop.instructions} | "
+                    f"{loop.tensor_cycles} | {loop.exponential_cycles} | {loop.most:.0%} |"
+                )
 
 
 def main() -> None:
-    """Prints the table; each case in a process of its own, whose error stream is read."""
-    if len(sys.argv) == 3:
-        compile_case(int(sys.argv[1]), sys.argv[2] == "yes")
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--instructions", action="store_true", help="of a step of each loop")
+    parser.add_argument("--case", choices=CASES, help="only compile this one")
+    options = parser.parse_args()
+    if options.case:
+        CASES[options.case]()
         return
-    print("| kernel | head_dim | segments | registers at launch | bytes spilled | serialised |")
-    print("|---|---|---|---|---|---|")
-    for head_dim in (64, 128):
-        for segments in ("no", "yes"):
-            found = subprocess.run(
-                [sys.executable, "-m", "kernels.benchmarks.gpu_compile", str(head_dim), segments],
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"},
-                capture_output=True,
-                check=False,
-            )
-            text = (found.stdout + found.stderr).replace(b"\0", b"").decode(errors="replace")
-            if found.returncode:
-                sys.exit(text)
-            serialised = "yes" if re.search("serializ", text, re.IGNORECASE) else "no"
-            kernels = re.findall(
-                r"entry function '(gqe_\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores"
-                r".*?Used (\d+) registers",
-                text,
-                re.DOTALL,
-            )
-            for name, spilled, registers in kernels:
-                print(
-                    f"| {name} | {head_dim} | {segments} | {registers} | {spilled} | {serialised} |"
-                )
+    for line in _instructions() if options.instructions else _registers():
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
