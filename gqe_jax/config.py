@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Any, Literal, get_args
 
+from gqe_kernels import Implementation
+
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
@@ -351,6 +353,9 @@ class RunConfig:
     """Sequences in a step, over all devices."""
     sequence_length: int = 2048
     """Tokens that a sequence predicts."""
+    attention_kernel: str | None = None
+    """An implementation of `gqe_kernels.routed_attention` to train with; None: the best that is
+    known to work on the platform. `pallas_gpu`, for Hopper, is taken by name only."""
     accumulation_steps: int = 1
     """Parts of the batch whose gradients are added up one after the other, to save memory."""
     seed: int = 0
@@ -380,6 +385,8 @@ class RunConfig:
             "keep_checkpoints",
         )
         _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
+        if self.attention_kernel is not None:
+            _check_choice(self, "attention_kernel", Implementation)
         _check(
             self.eval_batches is None or self.eval_batches > 0,
             "eval_batches",
@@ -397,7 +404,7 @@ class RunConfig:
 # What may change when a run is resumed: nothing that the past steps' numbers depend on. A run whose
 # `steps` change goes on with the schedule of the new length.
 RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches")
-RESUMABLE += ("checkpoint_every", "keep_checkpoints")
+RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
 

@@ -141,7 +141,12 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
         start = processes.from_first(checkpoints.latest())
         if start is not None:
             checkpoints.check_fits(start, config, corpus.fingerprint)
-        steps = make_steps(config, mesh, teacher=_load_teacher(config, mesh))
+        steps = make_steps(
+            config,
+            mesh,
+            implementation=config.attention_kernel,
+            teacher=_load_teacher(config, mesh),
+        )
         if start is None:
             state, start = steps.init(), 0
         elif start == 0:

@@ -73,7 +73,8 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         config = dataclasses.replace(config, accumulation_steps=1)  # as `evaluate_run` has it
     mesh = make_mesh(config.mesh, list(topology.devices))
     check_divides(config, dict(mesh.shape))
-    steps = make_steps(config, mesh)
+    kernel = config.attention_kernel if step == "train" else None
+    steps = make_steps(config, mesh, implementation=kernel)
     abstract, batch = _abstract(config, mesh, steps)
     function, arguments = {
         "train": (steps.train_step, (abstract, batch)),

@@ -49,6 +49,7 @@ from gqe_jax.config import (
         (RunConfig, {"run_dir": ""}, "run_dir is ''"),
         (RunConfig, {"batch_size": 6, "accumulation_steps": 4}, "batch_size is 6.*multiple of"),
         (RunConfig, {"eval_batches": 0}, "eval_batches is 0"),
+        (RunConfig, {"attention_kernel": "flash"}, "attention_kernel is 'flash'.*one of reference"),
     ],
 )
 def test_bad_values_are_named(kind, fields, message):

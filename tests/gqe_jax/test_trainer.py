@@ -169,6 +169,12 @@ def test_a_truncated_checkpoint_is_named_with_a_way_on(corpus, tmp_path):
         train(dataclasses.replace(config, steps=20), stream=io.StringIO())
 
 
+def test_a_kernel_that_cannot_train_the_model_is_named(corpus, tmp_path):
+    config = small_config(corpus, tmp_path, attention_kernel="cudnn")
+    with pytest.raises(NotImplementedError, match="'cudnn' does not take query: dtype float32"):
+        train(config, stream=io.StringIO())
+
+
 def test_a_non_finite_loss_stops_the_run(corpus, tmp_path):
     config = small_config(corpus, tmp_path, checkpoint_every=1)
     optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=1e38)
