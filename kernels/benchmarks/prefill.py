@@ -15,12 +15,13 @@ import pathlib
 import shlex
 import sys
 import time
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
 from kernels.benchmarks.speed import document as documents
-from kernels.benchmarks.speed.cases import FULL, LEVELS, SMALL, Case, Scale, cases
+from kernels.benchmarks.speed.cases import FULL, LEVELS, SMALL, Case, Level, Scale, cases
 from kernels.benchmarks.speed.contenders import contenders
 from kernels.benchmarks.speed.figure import draw
 from kernels.benchmarks.speed.op import matmul
@@ -97,12 +98,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, help="begin no case that would end later")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender")
     parser.add_argument("--small", action="store_true", help="small sizes, as on a CPU")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument(
+        "--levels",
+        nargs="+",
+        choices=get_args(Level),
+        default=LEVELS,
+        help="default: all but `blocks`, which tries the GPU kernel's block sizes",
+    )
     parser.add_argument("--lengths", nargs="+", type=int, help="only these")
     parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out, by name")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"rounds is {options.rounds}; a spread needs at least 2")
+    if "blocks" in options.levels and jax.default_backend() != "gpu":
+        parser.error("levels has blocks, which are a GPU kernel's; there is no GPU here")
     if options.budget_minutes is not None and options.budget_minutes <= 0:
         parser.error(f"budget-minutes is {options.budget_minutes}; it must be positive")
     return options

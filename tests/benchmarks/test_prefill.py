@@ -360,7 +360,15 @@ def test_bad_options_are_named(capsys):
     for arguments, message in (
         (["--rounds", "1"], "rounds is 1; a spread needs at least 2"),
         (["--budget-minutes", "-2"], "budget-minutes is -2.0; it must be positive"),
+        (["--levels", "blocks"], "levels has blocks, which are a GPU kernel's; there is no GPU"),
     ):
         with pytest.raises(SystemExit):
             prefill.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_block_sizes_are_tried_of_the_gpu_kernel_alone():
+    case = Case("blocks", False, 128, 1, 64)
+    found = contenders.contenders(case, SMALL, "gpu", {})
+    assert {(one.name, one.side) for one in found} == {("pallas_gpu", "gqe")}
+    assert len({str(one.options) for one in found}) == len(found) > 1

@@ -13,7 +13,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gqe_kernels import pallas_gpu, routed_attention
-from gqe_kernels.pallas_gpu import attention
 from gqe_kernels.pallas_gpu.items import Items, for_each
 from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
 from tests import oracle
@@ -30,13 +29,13 @@ TAKEN = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
+def interpreter():
     """jax's interpreter, with scratch memory full of NaNs and blocks that it can take."""
     if jax.version.__version_info__ < (0, 12):
         pytest.skip("the interpreter of jax 0.11 wants every phase of a barrier waited for")
     small = pallas_gpu.BlockSizes(kv=64, programs=2, staged=True)
-    monkeypatch.setattr(attention, "block_sizes", lambda _: small)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    interpreted = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    with pallas_gpu.use_block_sizes(small), interpreted:
         yield
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 from configs import CONFIGS
 from gqe_jax.config import AttentionConfig, ModelConfig, Variant
 
-Level = Literal["op", "layer", "model", "step", "projection"]
-LEVELS: tuple[Level, ...] = ("op", "layer", "model", "step", "projection")
+Level = Literal["op", "layer", "model", "step", "projection", "blocks"]
+LEVELS: tuple[Level, ...] = ("op", "layer", "model", "step", "projection")  # without being told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Case:
 
     Attributes:
       level: the attention op, the attention layer, the whole model (prefill; or its loss and
-        gradients), a training step, or the ways to project queries where a group has many experts.
+        gradients), a training step, the ways to project queries where a group has many experts, or
+        block sizes of this project's GPU kernel.
       training: forward and backward; always so of a step.
       top_k: experts of a group that a token takes. With two, groups are of twice as many experts,
         so that 9 of 16 heads are computed with one and with two.
@@ -159,4 +160,7 @@ def cases(scale: Scale) -> list[Case]:
         for level in ("op", "layer", "model"):
             for training in (False, True):
                 found += of(level, training, scale.lengths, head_dim, top_k=2)
+    for head_dim in scale.head_dims:
+        for training in (False, True):
+            found += of("blocks", training, [scale.rate_length], head_dim)
     return list(dict.fromkeys(found))

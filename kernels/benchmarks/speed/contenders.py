@@ -26,7 +26,7 @@ def contenders(
       known: the best options of the best kernels, by side and name, where the op has been timed; at
         the levels above it no others are tried.
     """
-    if case.level == "op":
+    if case.level in ("op", "blocks"):
         return attention(case, scale, platform)
     if case.level == "projection":
         return projection(case, scale)

@@ -1,6 +1,8 @@
 """Contenders of the attention op, and the matrix product beside them."""
 
+import contextlib
 import functools
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -11,6 +13,13 @@ from kernels.benchmarks.speed.cases import Case, Scale
 from kernels.benchmarks.speed.peers import implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
+# Those that fit into shared memory, without registers spilled.
+BLOCKS = {
+    64: tuple(
+        ("pallas_gpu", {"kv": kv, "stages": stages}) for kv, stages in ((128, 4), (128, 2), (64, 4))
+    ),
+    128: tuple(("pallas_gpu", {"kv": kv, "stages": 2}) for kv in (128, 64)),
+}
 COMPARED = 4096  # tokens, up to which results are held against one another
 
 
@@ -20,8 +29,17 @@ def matmul(size: int, dtype: jnp.dtype) -> Contender:
     return contender("matmul", "matmul", lambda a, b: a @ b, (a, b), 2 * size**3)
 
 
+def _blocks(options: Mapping[str, int]) -> contextlib.AbstractContextManager:
+    if not options:
+        return contextlib.nullcontext()
+    from gqe_kernels import pallas_gpu
+
+    return pallas_gpu.use_block_sizes(pallas_gpu.BlockSizes(**options))
+
+
 def attention(case: Case, scale: Scale, platform: str) -> list[Contender]:
-    """GQE's op by this project's implementations, the dense one by all peers."""
+    """GQE's op by this project's implementations, the dense one by all peers; at the level "blocks"
+    GQE's alone, with several block sizes."""
     config = case.model(scale, "gqe").attention
     dtype, head_dim = jnp.dtype(scale.model.dtype), case.head_dim
     heads, groups = config.num_query_experts, config.num_kv_heads
@@ -41,7 +59,9 @@ def attention(case: Case, scale: Scale, platform: str) -> list[Contender]:
     first = (lambda result: result[0]) if case.training else (lambda result: result)
     compared = case.length <= COMPARED
     found = []
-    for name in implementations(platform):
+    tuning = case.level == "blocks"
+    own = BLOCKS[head_dim] if tuning else ((name, {}) for name in implementations(platform))
+    for name, options in own:
 
         def routed(query, key, value, weight, shared_query, index, name=name):
             return routed_attention(
@@ -59,8 +79,9 @@ def attention(case: Case, scale: Scale, platform: str) -> list[Contender]:
             arguments = (normal(4, (*tokens, config.num_slots, head_dim), dtype), *arguments)
         needed = flops(config.num_active_heads)
         slots = first if compared else None
-        found.append(contender(name, "gqe", timed, arguments, needed, slots=slots))
-    for peer in peers(platform):
+        around = functools.partial(_blocks, options)
+        found.append(contender(name, "gqe", timed, arguments, needed, options, around, slots))
+    for peer in () if tuning else peers(platform):
         prepared = peer.prepare(query, key, value)
         arguments = prepared
         if case.training:  # like the query in shape, whatever the layout

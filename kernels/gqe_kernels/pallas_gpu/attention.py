@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_kernels import reference
 from gqe_kernels.pallas_gpu.backward import backward
-from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
+from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes, block_sizes
 from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.tables import Masking, Tables, tables
@@ -165,11 +165,6 @@ def _attend(
     )
     visited = tables(masking, causal=causal, lengths=static.lengths, blocks=blocks)
     return _attention(static, operands, masking, visited)[:, :q_len]
-
-
-def block_sizes(head_dim: int) -> BlockSizes:
-    """The defaults."""
-    return DEFAULTS[head_dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,6 +1,9 @@
-"""Block sizes of the GPU kernels: defaults by head_dim."""
+"""Block sizes of the GPU kernels: defaults by head_dim, and others for a while."""
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 WARPGROUPS = 2  # that compute; a third fetches
 SLOTS = 2  # for what an item of work needs once; see items.py
@@ -44,3 +47,19 @@ class BlockSizes:
 
 
 DEFAULTS = {64: BlockSizes(stages=4), 128: BlockSizes()}
+_chosen: contextvars.ContextVar[BlockSizes | None] = contextvars.ContextVar("blocks", default=None)
+
+
+def block_sizes(head_dim: int) -> BlockSizes:
+    """Those chosen, or the defaults."""
+    return _chosen.get() or DEFAULTS[head_dim]
+
+
+@contextlib.contextmanager
+def use_block_sizes(blocks: BlockSizes) -> Iterator[None]:
+    """What is traced within has these."""
+    token = _chosen.set(blocks)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
