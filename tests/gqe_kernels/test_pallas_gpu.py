@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,13 @@ def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
     arrays = {n: a if n == "expert_index" else jnp.asarray(a, dtype) for n, a in arrays.items()}
     with pytest.raises(NotImplementedError, match=reason):
         routed_attention(**arrays, **masking, implementation="pallas_gpu")
+
+
+def test_a_gpu_that_is_no_hopper_is_named(monkeypatch):
+    ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    query, key = jnp.ones((1, 64, 2, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)
+    assert pallas_gpu.unsupported(query, key).startswith("the GPU here: compute capability 8.0")
 
 
 def test_block_sizes_are_checked():

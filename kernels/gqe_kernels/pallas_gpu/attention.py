@@ -51,6 +51,9 @@ def unsupported(query, key, *, scale=1.0, **_) -> str | None:
         return "query, key: an array without entries"
     if not scale > 0:
         return f"scale: {scale}, where a positive number is needed"
+    device = jax.devices()[0]
+    if device.platform == "gpu" and device.compute_capability != "9.0":
+        return f"the GPU here: compute capability {device.compute_capability}, where 9.0 is needed"
     return None
 
 
