@@ -167,6 +167,8 @@ def test_block_sizes_are_checked():
         pallas_gpu.BlockSizes(kv=100)
     with pytest.raises(ValueError, match=r"BlockSizes\.stages is 1; it must be at least 2"):
         pallas_gpu.BlockSizes(stages=1)
+    with pytest.raises(ValueError, match=r"BlockSizes\.programs is 0; it must be positive"):
+        pallas_gpu.BlockSizes(programs=0)
 
 
 @pytest.mark.parametrize("outer", ["q", "kv"])

@@ -1,4 +1,4 @@
-"""Block sizes of the GPU kernels: defaults by head_dim, and others for a while."""
+"""Block sizes of the GPU kernels: defaults by head_dim, or those that a caller chooses."""
 
 import contextlib
 import contextvars
@@ -38,6 +38,10 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{name} is {rows}; it must be a multiple of 64")
         if self.stages < 2:
             raise ValueError(f"BlockSizes.stages is {self.stages}; it must be at least 2")
+        if self.programs is not None and self.programs < 1:
+            raise ValueError(
+                f"BlockSizes.programs is {self.programs}; it must be positive, or None"
+            )
 
     def most_experts(self, head_dim: int) -> int:
         """Among so many the forward kernel can select: their tiles fit beside its other blocks."""

@@ -83,8 +83,9 @@ def _kernel(
             if shared_q_ref is None:
                 of_group()
             else:  # whichever expert is selected, it is the shared one
-                shared_queries = lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])  # noqa: E731
-                heads.choose(head, of_group, shared_queries)
+                heads.choose(
+                    head, of_group, lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])
+                )
             visit = Visits.read(table_ref, batch, tile)
 
             def keys_and_values(k, v):
