@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot, multiprocessors
-from gqe_kernels.pallas_gpu.mask import (
+from gqe_kernels.pallas_gpu.tables import Masking, Visits
+from gqe_kernels.pallas_gpu.tile import (
     LOG2E,
     MASKED,
     NOTHING_SEEN,
@@ -22,7 +23,6 @@ from gqe_kernels.pallas_gpu.mask import (
     add_product,
     visible,
 )
-from gqe_kernels.pallas_gpu.tables import Masking, Visits
 
 
 def _kernel(

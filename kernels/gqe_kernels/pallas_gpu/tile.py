@@ -29,6 +29,24 @@ def add_product(acc_ref, left, right_ref, staging_ref) -> None:
     plgpu.wgmma(acc_ref, left, right_ref)
 
 
+def products(*pairs):
+    """`left @ right.T`, float32, of pairs of blocks in shared memory; all are begun at once."""
+
+    def compute(*accs):
+        for acc, (left, right) in zip(accs, pairs, strict=True):
+            plgpu.wgmma(acc, left, right.transpose((1, 0)))
+        return [acc[...] for acc in accs]
+
+    shapes = [(left.shape[0], right.shape[0]) for left, right in pairs]
+    return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def probabilities(logits, logsumexp, *, axis: int, scale: float, counts):
+    """Of a tile; `logsumexp` is a number a query, which stands along `axis`."""
+    exponent = logits * (scale * LOG2E) - lax.broadcast_in_dim(logsumexp, logits.shape, [axis])
+    return jnp.exp2(exponent if counts is None else jnp.where(counts, exponent, MASKED))
+
+
 def visible(
     shape: tuple[int, int],
     *,
