@@ -13,7 +13,7 @@ from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.d_key import d_key_kernel
 from gqe_kernels.pallas_gpu.d_query import d_query_kernel
 from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.items import Items, multiprocessors
+from gqe_kernels.pallas_gpu.items import Items, launch, multiprocessors
 from gqe_kernels.pallas_gpu.tables import Masking, Tables
 from gqe_kernels.pallas_gpu.tile import TRANSFORMS
 
@@ -74,16 +74,12 @@ def backward(
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=number)
             for number in (SLOTS, blocks.stages)
         )
-        return plgpu.kernel(
-            functools.partial(body, items=items, **static),
+        return launch(
+            functools.partial(body, **static),
+            items,
+            name=name,
             out_type=out_type,
-            grid=items.grid,
-            grid_names=("program",),
-            num_threads=WARPGROUPS + 1,
-            thread_name="warpgroup",
             scratch_types=(buffers, fetched, consumed),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            kernel_name=name,
         )
 
     def fetched(copies, number):

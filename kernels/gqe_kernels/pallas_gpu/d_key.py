@@ -9,7 +9,7 @@ from jax import lax
 
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot
+from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
 from gqe_kernels.pallas_gpu.tables import Visits
 from gqe_kernels.pallas_gpu.tile import add_product, probabilities, products, visible
 
@@ -49,40 +49,34 @@ def d_key_kernel(
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * kv, kv)
 
-    @pl.when(warpgroup == WARPGROUPS)
-    def fetch():
-        plgpu.set_max_registers(24, action="decrease")
+    def fetch_item(number, tile, batch, head, done):
+        own = free_slot(number, own_consumed)
 
-        def fetch_item(number, tile, batch, head, done):
-            own = free_slot(number, own_consumed)
+        def keys_and_values(k, v):
+            for i in range(WARPGROUPS):
+                rows = rows_of(tile, i)
+                plgpu.copy_gmem_to_smem(k(rows), k_smem.at[own, i], own_fetched.at[own])
+                plgpu.copy_gmem_to_smem(v(rows), v_smem.at[own, i], own_fetched.at[own])
 
-            def keys_and_values(k, v):
-                for i in range(WARPGROUPS):
-                    rows = rows_of(tile, i)
-                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[own, i], own_fetched.at[own])
-                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[own, i], own_fetched.at[own])
+        shared = shared_k_ref, shared_v_ref
+        heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
+        visit = Visits.read(table_ref, batch, tile)
 
-            shared = shared_k_ref, shared_v_ref
-            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
-            visit = Visits.read(table_ref, batch, tile)
+        @pl.loop(0, visit.steps)
+        def step(i):
+            slot = lax.rem(done + i, jnp.int32(blocks.stages))
+            rows, again = pl.ds(visit.block(i) * q, q), done + i >= blocks.stages
+            pl.when(again)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
+            sources = (
+                (q_ref.at[batch, rows, head], q_smem),
+                (d_out_ref.at[batch, rows, heads.slot(head)], d_out_smem),
+                (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
+                (delta_ref.at[batch, heads.slot(head), rows], delta_smem),
+            )
+            for source, target in sources:
+                plgpu.copy_gmem_to_smem(source, target.at[slot], q_fetched.at[slot])
 
-            @pl.loop(0, visit.steps)
-            def step(i):
-                slot = lax.rem(done + i, jnp.int32(blocks.stages))
-                rows, again = pl.ds(visit.block(i) * q, q), done + i >= blocks.stages
-                pl.when(again)(lambda: plgpu.barrier_wait(q_consumed.at[slot]))
-                sources = (
-                    (q_ref.at[batch, rows, head], q_smem),
-                    (d_out_ref.at[batch, rows, heads.slot(head)], d_out_smem),
-                    (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
-                    (delta_ref.at[batch, heads.slot(head), rows], delta_smem),
-                )
-                for source, target in sources:
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], q_fetched.at[slot])
-
-            return done + visit.steps
-
-        for_each(items, fetch_item, jnp.int32(0))
+        return done + visit.steps
 
     def d_key_and_value(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
@@ -145,8 +139,4 @@ def d_key_kernel(
         plgpu.barrier_arrive(own_consumed.at[own])
         return done + visit.steps
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        for_each(items, d_key_and_value, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+    share_out(items, fetch_item, d_key_and_value)

@@ -9,7 +9,7 @@ from jax import lax
 
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot
+from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
 from gqe_kernels.pallas_gpu.tables import Visits
 from gqe_kernels.pallas_gpu.tile import add_product, probabilities, products, visible
 
@@ -48,37 +48,31 @@ def d_query_kernel(
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
 
-    @pl.when(warpgroup == WARPGROUPS)
-    def fetch():
-        plgpu.set_max_registers(24, action="decrease")
+    def fetch_item(number, tile, batch, head, done):
+        own = free_slot(number, own_consumed)
+        for i in range(WARPGROUPS):
+            rows, slot = rows_of(tile, i), heads.slot(head)
+            for source, target in (
+                (q_ref.at[batch, rows, head], q_smem),
+                (d_out_ref.at[batch, rows, slot], d_out_smem),
+                (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
+                (delta_ref.at[batch, slot, rows], delta_smem),
+            ):
+                plgpu.copy_gmem_to_smem(source, target.at[own, i], own_fetched.at[own])
+        visit = Visits.read(table_ref, batch, tile)
 
-        def fetch_item(number, tile, batch, head, done):
-            own = free_slot(number, own_consumed)
-            for i in range(WARPGROUPS):
-                rows, slot = rows_of(tile, i), heads.slot(head)
-                for source, target in (
-                    (q_ref.at[batch, rows, head], q_smem),
-                    (d_out_ref.at[batch, rows, slot], d_out_smem),
-                    (logsumexp_ref.at[batch, head, rows], logsumexp_smem),
-                    (delta_ref.at[batch, slot, rows], delta_smem),
-                ):
-                    plgpu.copy_gmem_to_smem(source, target.at[own, i], own_fetched.at[own])
-            visit = Visits.read(table_ref, batch, tile)
+        def keys_and_values(k, v):
+            @pl.loop(0, visit.steps)
+            def step(i):
+                slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                rows, again = pl.ds(visit.block(i) * kv, kv), done + i >= blocks.stages
+                pl.when(again)(lambda: plgpu.barrier_wait(kv_consumed.at[slot]))
+                plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
+                plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
-            def keys_and_values(k, v):
-                @pl.loop(0, visit.steps)
-                def step(i):
-                    slot = lax.rem(done + i, jnp.int32(blocks.stages))
-                    rows, again = pl.ds(visit.block(i) * kv, kv), done + i >= blocks.stages
-                    pl.when(again)(lambda: plgpu.barrier_wait(kv_consumed.at[slot]))
-                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
-                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
-
-            shared = shared_k_ref, shared_v_ref
-            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
-            return done + visit.steps
-
-        for_each(items, fetch_item, jnp.int32(0))
+        shared = shared_k_ref, shared_v_ref
+        heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
+        return done + visit.steps
 
     def d_query(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
@@ -133,8 +127,4 @@ def d_query_kernel(
         plgpu.barrier_arrive(own_consumed.at[own])
         return done + visit.steps
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        for_each(items, d_query, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+    share_out(items, fetch_item, d_query)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.items import Items, for_each, free_slot, multiprocessors
+from gqe_kernels.pallas_gpu.items import Items, free_slot, launch, multiprocessors, share_out
 from gqe_kernels.pallas_gpu.tables import Masking, Visits
 from gqe_kernels.pallas_gpu.tile import (
     LOG2E,
@@ -61,49 +61,43 @@ def _kernel(
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
 
-    @pl.when(warpgroup == WARPGROUPS)
-    def fetch():
-        plgpu.set_max_registers(24, action="decrease")
+    def fetch_item(number, tile, batch, head, done):
+        own = free_slot(number, q_consumed)
+        if others_smem is not None:
+            pl.when(number > 0)(lambda: plgpu.barrier_wait(others_consumed))
 
-        def fetch_item(number, tile, batch, head, done):
-            own = free_slot(number, q_consumed)
-            if others_smem is not None:
-                pl.when(number > 0)(lambda: plgpu.barrier_wait(others_consumed))
+        def queries(of_expert):
+            for i, m in itertools.product(range(WARPGROUPS), range(experts)):
+                target = q_smem.at[own, i] if m == 0 else others_smem.at[i, m - 1]
+                source = of_expert(rows_of(tile, i), m)
+                plgpu.copy_gmem_to_smem(source, target, q_fetched.at[own])
 
-            def queries(of_expert):
-                for i, m in itertools.product(range(WARPGROUPS), range(experts)):
-                    target = q_smem.at[own, i] if m == 0 else others_smem.at[i, m - 1]
-                    source = of_expert(rows_of(tile, i), m)
-                    plgpu.copy_gmem_to_smem(source, target, q_fetched.at[own])
+        def of_group():
+            start = head if experts == 1 else heads.group_of(head) * experts
+            queries(lambda rows, m: q_ref.at[batch, rows, start + m])
 
-            def of_group():
-                start = head if experts == 1 else heads.group_of(head) * experts
-                queries(lambda rows, m: q_ref.at[batch, rows, start + m])
+        if shared_q_ref is None:
+            of_group()
+        else:  # whichever expert is selected, it is the shared one
+            heads.choose(
+                head, of_group, lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])
+            )
+        visit = Visits.read(table_ref, batch, tile)
 
-            if shared_q_ref is None:
-                of_group()
-            else:  # whichever expert is selected, it is the shared one
-                heads.choose(
-                    head, of_group, lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])
-                )
-            visit = Visits.read(table_ref, batch, tile)
+        def keys_and_values(k, v):
+            @pl.loop(0, visit.steps)
+            def step(i):
+                slot = lax.rem(done + i, jnp.int32(blocks.stages))
+                again = done + i >= blocks.stages
+                rows = pl.ds(visit.block(i) * blocks.kv, blocks.kv)
+                pl.when(again)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
+                plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
+                pl.when(again)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
+                plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
-            def keys_and_values(k, v):
-                @pl.loop(0, visit.steps)
-                def step(i):
-                    slot = lax.rem(done + i, jnp.int32(blocks.stages))
-                    again = done + i >= blocks.stages
-                    rows = pl.ds(visit.block(i) * blocks.kv, blocks.kv)
-                    pl.when(again)(lambda: plgpu.barrier_wait(k_consumed.at[slot]))
-                    plgpu.copy_gmem_to_smem(k(rows), k_smem.at[slot], k_fetched.at[slot])
-                    pl.when(again)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
-                    plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
-
-            shared = shared_k_ref, shared_v_ref
-            heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
-            return done + visit.steps
-
-        for_each(items, fetch_item, jnp.int32(0))
+        shared = shared_k_ref, shared_v_ref
+        heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
+        return done + visit.steps
 
     def attend(number, tile, batch, head, done):
         own = lax.rem(number, jnp.int32(SLOTS))
@@ -208,11 +202,7 @@ def _kernel(
         plgpu.barrier_arrive(q_consumed.at[own])
         return done + visit.steps
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def compute():
-        plgpu.set_max_registers(240, action="increase")
-        for_each(items, attend, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+    share_out(items, fetch_item, attend)
 
 
 class Forward(NamedTuple):
@@ -275,28 +265,20 @@ def forward(
     def of_queries(number):
         return jax.ShapeDtypeStruct((batch, q_len, number, head_dim), query.dtype)
 
-    kernel = functools.partial(
-        _kernel,
-        heads=heads,
-        causal=causal,
-        scale=scale,
-        kv_len=lengths[1],
-        blocks=blocks,
-        items=items,
+    body = functools.partial(
+        _kernel, heads=heads, causal=causal, scale=scale, kv_len=lengths[1], blocks=blocks
     )
     consumed = functools.partial(plgpu.Barrier, num_arrivals=WARPGROUPS)
     others = None if experts == 1 else shared_memory(WARPGROUPS, experts - 1, blocks.q)
-    found = plgpu.kernel(
-        kernel,
+    found = launch(
+        body,
+        items,
+        name="gqe_forward",
         out_type=(
             of_queries(heads.slots),
             jax.ShapeDtypeStruct((batch, heads.number, q_len), jnp.float32),
             of_queries(heads.number) if keep_selected else None,
         ),
-        grid=items.grid,
-        grid_names=("program",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
         scratch_types=(
             (
                 shared_memory(SLOTS, WARPGROUPS, blocks.q),
@@ -318,8 +300,6 @@ def forward(
             ),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="gqe_forward",
     )(
         *(query, index, shared_query, key, value, shared_key, shared_value),
         *(table, masking.q_segment, masking.kv_segment),

@@ -4,9 +4,10 @@ An item is a tile of one head. What it needs once, its own queries say, has two 
 memory, so that the next item's are fetched while this one's results are on their way out.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqe_kernels.pallas_gpu.blocks import SLOTS
+from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS
 
 H200_MULTIPROCESSORS = 132
 
@@ -44,6 +45,43 @@ def multiprocessors() -> int:
     if jax.default_backend() != "gpu":
         return H200_MULTIPROCESSORS
     return getattr(jax.devices()[0], "core_count", None) or H200_MULTIPROCESSORS
+
+
+def launch(
+    body: Callable[..., None], items: Items, *, name: str, out_type: Any, scratch_types: Any
+) -> Callable[..., Any]:
+    """The kernel of `body`, which calls `share_out`, in thread blocks of three warpgroups."""
+    return plgpu.kernel(
+        functools.partial(body, items=items),
+        out_type=out_type,
+        grid=items.grid,
+        grid_names=("program",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )
+
+
+def share_out(items: Items, fetch: Callable[..., Any], compute: Callable[..., Any]) -> None:
+    """Runs what fetches in one warpgroup and what computes in the others, item after item.
+
+    Args:
+      fetch, compute: as the body of `for_each`; carried on are the steps done so far.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def fetching():
+        plgpu.set_max_registers(24, action="decrease")
+        for_each(items, fetch, jnp.int32(0))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def computing():
+        plgpu.set_max_registers(240, action="increase")
+        for_each(items, compute, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
 
 def for_each[Carry](items: Items, body: Callable[..., Carry], carry: Carry) -> Carry:
