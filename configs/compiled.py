@@ -25,7 +25,7 @@ Table = Literal["slices", "context", "attention"]
 GIB = 2**30
 CONFIGURATIONS = (
     *("gqe_250m", "gqa_250m", "gqe_1b", "gqa_1b", "gqe_7b", "gqe_7b_top2", "gqa_7b"),
-    *("gqe_7b_128k", "gqa_7b_128k"),
+    "gqe_7b_128k",
 )
 SLICES = (("v5e:16x16", 1), ("v6e:16x16", 1), ("v5p:4x4x8", 1), ("v5p:4x4x8", 2))
 # Slices of v5p with eight chips for each shard of the sequence, and the last with few sequences.
