@@ -9,7 +9,8 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from gqe_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.config_json import differences, from_dict, to_dict
 from gqe_jax.storage import is_remote, location
 from gqe_jax.training import TrainState
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from gqe_jax import processes, report
 from gqe_jax.checkpoint import Checkpoints
-from gqe_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.config_json import from_dict, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate

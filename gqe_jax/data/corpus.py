@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gqe_jax.config import ConfigError, from_dict
+from gqe_jax.config import ConfigError
+from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.storage import file_sizes, is_remote, location, write_whole
 

@@ -19,7 +19,8 @@ import numpy as np
 import tyro
 
 from gqe_jax.commands import parse, run_command
-from gqe_jax.config import ConfigError, Dtype, to_dict
+from gqe_jax.config import ConfigError, Dtype
+from gqe_jax.config_json import to_dict
 from gqe_jax.data.corpus import written_whole
 from gqe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from gqe_jax.interop import hf_config

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gqe_kernels import reference
 
@@ -31,64 +31,30 @@ def unsupported(
     return None
 
 
-def dense_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
+def attend(
+    query: Float[Array, "batch q_len group head head_dim"],
     key: Float[Array, "batch kv_len group head_dim"],
     value: Float[Array, "batch kv_len group head_dim"],
     **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """As `reference.dense_attention`, for the arguments that cuDNN takes."""
-    _check(query, key, masking)
-    batch, q_len, *_, head_dim = query.shape
-    return _attend(query.reshape(batch, q_len, -1, head_dim), key, value, masking)
+) -> Float[Array, "batch q_len group head head_dim"]:
+    """As `reference.attend`, for the arguments that cuDNN takes.
 
-
-def routed_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    expert_index: Int[Array, "batch q_len group k"],
-    slot_weight: Float[Array, "batch q_len group k"] | None,
-    shared_query: Float[Array, "batch q_len head_dim"] | None,
-    shared_key: Float[Array, "batch kv_len head_dim"] | None,
-    shared_value: Float[Array, "batch kv_len head_dim"] | None,
-    **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """As `reference.routed_attention`: one call for the selected heads, one for the shared head."""
-    _check(query, key, masking)
-    selected = reference.select_experts(query, expert_index)
-    batch, q_len, *_, head_dim = selected.shape
-    hard = _attend(selected.reshape(batch, q_len, -1, head_dim), key, value, masking)
-    shared = None
-    if shared_query is not None:
-        if shared_key is None:
-            shared_key, shared_value = (
-                jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
-            )
-        one_head = (x[:, :, None] for x in (shared_query, shared_key, shared_value))
-        shared = _attend(*one_head, masking)[:, :, 0]
-    return reference.concatenate_slots(
-        hard.reshape(selected.shape), slot_weight, shared, query.dtype
-    )
-
-
-def _check(query, key, masking) -> None:
+    Raises:
+      NotImplementedError: it does not take one.
+    """
     reason = unsupported(query, key, **masking)
     if reason is not None:
         raise NotImplementedError(f"implementation='cudnn' does not take {reason}")
-
-
-def _attend(
-    query: Float[Array, "batch q_len head head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    masking,
-) -> Float[Array, "batch q_len head head_dim"]:
-    return jax.nn.dot_product_attention(
-        query,
+    out = jax.nn.dot_product_attention(
+        query.reshape(*query.shape[:2], -1, query.shape[-1]),
         key,
         value,
         scale=masking["scale"],
         is_causal=masking["causal"],
         implementation="cudnn",
     )
+    return out.reshape(query.shape)
+
+
+routed_attention = functools.partial(reference.routed_attention, attend=attend)
+dense_attention = functools.partial(reference.dense_attention, attend=attend)

@@ -78,6 +78,13 @@ def select_experts(
     return jnp.sum(jnp.where(chosen[..., None], query[:, :, :, None], 0), axis=-2)
 
 
+def mean_over_groups(
+    x: Float[Array, "batch kv_len group head_dim"],
+) -> Float[Array, "batch kv_len head_dim"]:
+    """What the shared head reads (paper.md, step 4), of keys or values; summed in float32."""
+    return jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype)
+
+
 def routed_attention(
     query: Float[Array, "batch q_len group expert head_dim"],
     key: Float[Array, "batch kv_len group head_dim"],
@@ -96,9 +103,7 @@ def routed_attention(
     shared = None
     if shared_query is not None:
         if shared_key is None:
-            shared_key, shared_value = (
-                jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
-            )
+            shared_key, shared_value = mean_over_groups(key), mean_over_groups(value)
         shared = attend(
             shared_query[:, :, None, None],
             shared_key[:, :, None],

@@ -15,10 +15,8 @@ from gqe_jax.config import (
     OptimizerConfig,
     RopeScaling,
     RunConfig,
-    differences,
-    from_dict,
-    to_dict,
 )
+from gqe_jax.config_json import differences, from_dict, to_dict
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gqe_jax.checkpoint import CheckpointError, Checkpoints
-from gqe_jax.config import ConfigError, MeshConfig, RunConfig, from_dict
+from gqe_jax.config import ConfigError, MeshConfig, RunConfig
+from gqe_jax.config_json import from_dict
 from gqe_jax.data import DataError
 from gqe_jax.evaluation.run import defaults_for, evaluate_run
 from gqe_jax.telemetry import read_metrics

@@ -1,7 +1,7 @@
 """Floating-point operations that the answer needs: a multiply and an add are two.
 
-Only what is unmasked and active counts, and nothing twice: a kernel that computes a logit again in
-its backward pass gets no credit for it.
+Only what is unmasked and active counts. A backward pass of attention is 2.5 forward passes, as is
+usual: logits once more, however often a kernel computes them.
 """
 
 from gqe_jax.config import AttentionConfig, ModelConfig

@@ -74,9 +74,7 @@ def routed_attention(
     _check(query, key, scale)
     batch, q_len, group, experts, head_dim = query.shape
     if shared_query is not None and shared_key is None:
-        shared_key, shared_value = (
-            jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)
-        )
+        shared_key, shared_value = (reference.mean_over_groups(x) for x in (key, value))
     heads = Heads(
         group=group,
         per_group=expert_index.shape[3],

@@ -1,0 +1,76 @@
+"""Configurations as nested dictionaries, for JSON: made, read, and compared."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, get_args
+
+from gqe_jax.config import ConfigError, RunConfig
+
+# What may change when a run is resumed: nothing that the past steps' numbers depend on. A run whose
+# `steps` change goes on with the schedule of the new length.
+RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches")
+RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
+RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-ready nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type, values: dict[str, Any], path: str = "") -> Any:
+    """The dataclass `kind` from nested dictionaries, as `to_dict` made them; nothing is executed.
+
+    Raises:
+      ConfigError: a field is unknown, missing, or has a value of the wrong type or range.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or kind.__name__} is {values!r}; it must be an object of fields")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise ConfigError(f"{path}{unknown[0]} is no field of {kind.__name__}; it has {known}")
+    arguments = {name: _typed(hints[name], value, path + name) for name, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path}{missing[0]} is missing from {kind.__name__}")
+    return kind(**arguments)
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{path}.")
+    if origin is Literal:
+        return value  # the dataclass checks the choice and names the others
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    allowed = arguments if origin in (types.UnionType, typing.Union) else (origin or hint,)
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise ConfigError(f"{path} is {value!r}; it must be of type {names}")
+    return value
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields, with both values, in which a run cannot go on from another's checkpoint."""
+
+    def flatten(values, path=""):
+        for name, value in values.items():
+            if isinstance(value, dict) and f"{path}{name}" not in RESUMABLE:
+                yield from flatten(value, f"{path}{name}.")
+            elif f"{path}{name}" not in RESUMABLE:
+                yield f"{path}{name}", value
+
+    left, right = dict(flatten(to_dict(ours))), dict(flatten(to_dict(theirs)))
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
