@@ -5,7 +5,7 @@ import sys
 from configs import CONFIGS
 from gqe_jax.commands import parse, run_command, run_config
 from gqe_jax.compile_for import CompileCommand, CompileOptions, compile_for
-from gqe_jax.trainer import train
+from gqe_jax.training.loop import train
 
 
 def main() -> None:

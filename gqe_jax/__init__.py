@@ -1,7 +1,5 @@
 """Grouped Query Experts for JAX: layers to import into a Flax model, and a language model."""
 
-from gqe_jax.attention import AttentionAux, GroupedQueryAttention, GroupedQueryExperts
-from gqe_jax.cache import KVCache
 from gqe_jax.config import (
     AttentionConfig,
     ConfigError,
@@ -11,7 +9,9 @@ from gqe_jax.config import (
     OptimizerConfig,
     RunConfig,
 )
-from gqe_jax.transformer import Transformer
+from gqe_jax.model.attention import AttentionAux, GroupedQueryAttention, GroupedQueryExperts
+from gqe_jax.model.cache import KVCache
+from gqe_jax.model.transformer import Transformer
 
 __all__ = [
     "AttentionAux",

@@ -13,13 +13,13 @@ import jax
 import tyro
 
 from gqe_jax import processes
-from gqe_jax.checkpoint import CheckpointError
 from gqe_jax.compile_for import DoesNotFitError
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.data import DataError
 from gqe_jax.interop.tensors import WeightsError
 from gqe_jax.storage import location
-from gqe_jax.trainer import CONFIG_FILE, NonFiniteLossError, read_config
+from gqe_jax.training.checkpoint import CheckpointError
+from gqe_jax.training.loop import CONFIG_FILE, NonFiniteLossError, read_config
 
 # What a user can mend: the message is the whole answer.
 _REFUSALS = (

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.model.transformer import Transformer, unrolled
 from gqe_jax.sharding import RULES, constrain, make_mesh, on_mesh, shardings
-from gqe_jax.transformer import Transformer, unrolled
 
 _CAPACITY_STEP = 128  # capacities are its multiples, so that few shapes are compiled
 _SHORTEST_CHUNK = 16

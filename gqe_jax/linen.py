@@ -6,10 +6,10 @@ from flax import nnx
 from flax.nnx import bridge
 from jaxtyping import Array, Float
 
-from gqe_jax import attention
-from gqe_jax.attention import AttentionAux
-from gqe_jax.cache import KVCache
 from gqe_jax.config import AttentionConfig
+from gqe_jax.model import attention
+from gqe_jax.model.attention import AttentionAux
+from gqe_jax.model.cache import KVCache
 
 
 def _logically_partitioned(variable: nnx.Variable) -> nn.LogicallyPartitioned:

@@ -5,15 +5,15 @@ import dataclasses
 from flax import nnx
 from jax.sharding import Mesh
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import MeshConfig, RunConfig
 from gqe_jax.data import DataError
 from gqe_jax.data.corpus import read_manifest
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
 from gqe_jax.storage import location
-from gqe_jax.training import make_steps
-from gqe_jax.transformer import Transformer
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import make_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from configs import CONFIGS
-from configs.compiled import CompiledConfig, run_table
+from experiments.compiled import CompiledConfig, run_table
 from gqe_jax.commands import parse
 from gqe_jax.compile_for import CompileCommand, CompileOptions
-from gqe_jax.trainer import CONFIG_FILE
+from gqe_jax.training.loop import CONFIG_FILE
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PODS = (REPOSITORY / "docs" / "pods.md").read_text()
@@ -135,7 +135,7 @@ def test_the_tables_are_what_was_compiled(table, monkeypatch):
     def not_kept(*arguments, **_):
         raise AssertionError(f"docs/compiled.json lacks a row: {arguments}")
 
-    monkeypatch.setattr("configs.compiled.subprocess.run", not_kept)
+    monkeypatch.setattr("experiments.compiled.subprocess.run", not_kept)
     kept = REPOSITORY / "docs" / "compiled.json"
     assert f"\n{run_table(CompiledConfig(table, kept))}\n" in PODS
 

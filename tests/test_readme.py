@@ -28,7 +28,7 @@ def test_examples_run(document, example):
 
 
 @pytest.mark.parametrize(
-    "module", ["gqe_jax.attention", "gqe_jax.generation", "gqe_jax.linen", "gqe_kernels.api"]
+    "module", ["gqe_jax.model.attention", "gqe_jax.generation", "gqe_jax.linen", "gqe_kernels.api"]
 )
 def test_docstrings_run(module):
     failed, attempted = doctest.testmod(importlib.import_module(module))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from gqe_jax.compile_for.chips import Topology
 from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
+from gqe_jax.model.transformer import count_parameters
 from gqe_jax.sharding import check_divides
-from gqe_jax.transformer import count_parameters
 
 # Parameters, gradients and two moments, in float32.
 _STATE_BYTES = 16

@@ -17,9 +17,9 @@ from gqe_jax.compile_for.collectives import Collective, collectives
 from gqe_jax.compile_for.costs import Costs, count
 from gqe_jax.compile_for.estimate import Estimate, estimate, with_links
 from gqe_jax.config import RunConfig
+from gqe_jax.model.transformer import matmul_flops_per_token
 from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
-from gqe_jax.training import Batch, Steps, make_steps
-from gqe_jax.transformer import matmul_flops_per_token
+from gqe_jax.training.steps import Batch, Steps, make_steps
 
 Step = Literal["train", "eval"]
 

@@ -13,7 +13,7 @@ from grain.experimental import index_shuffle
 
 from gqe_jax.config import DataConfig
 from gqe_jax.data.corpus import Split
-from gqe_jax.training import Batch
+from gqe_jax.training.steps import Batch
 
 
 def num_windows(split: Split, sequence_length: int) -> int:

@@ -23,9 +23,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gqe_jax.generation import Generator, Sampling, stream_text
+from gqe_jax.model.transformer import Transformer
 from gqe_jax.restore import RestoredRun
 from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows, on_mesh
-from gqe_jax.transformer import Transformer
 
 _SHORTEST = 32
 _CHUNK = 256  # positions whose logits exist at a time

@@ -13,7 +13,7 @@ from flax import nnx
 from gqe_jax.config import DataConfig
 from gqe_jax.data import Split, evaluation_batches
 from gqe_jax.sharding import batch_sharding, global_batch, local_rows
-from gqe_jax.training import Steps
+from gqe_jax.training.steps import Steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Literal
 import jax
 import tyro
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import ConfigError, DataConfig, MeshConfig
 from gqe_jax.data import open_corpus
 from gqe_jax.evaluation.perplexity import HeldOut, evaluate
 from gqe_jax.sharding import check_divides, make_mesh
-from gqe_jax.training import make_steps
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import make_steps
 
 
 @dataclasses.dataclass(frozen=True)

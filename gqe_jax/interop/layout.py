@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gqe_jax.attention import GroupedQueryAttention, GroupedQueryExperts, make_attention
 from gqe_jax.config import AttentionConfig, ModelConfig
 from gqe_jax.interop.tensors import Tensors
-from gqe_jax.transformer import Transformer
+from gqe_jax.model.attention import GroupedQueryAttention, GroupedQueryExperts, make_attention
+from gqe_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

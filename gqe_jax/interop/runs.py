@@ -6,15 +6,15 @@ import shutil
 
 from flax import nnx
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import MeshConfig, RunConfig
 from gqe_jax.data.corpus import written_whole
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.sharding import make_mesh, shardings
 from gqe_jax.storage import location
-from gqe_jax.trainer import write_config
-from gqe_jax.training import TrainState
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.loop import write_config
+from gqe_jax.training.steps import TrainState
 
 SPREAD = MeshConfig(data=1, fsdp=-1)  # parameters over all devices
 

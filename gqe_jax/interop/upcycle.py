@@ -23,14 +23,14 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gqe_jax.checkpoint import DIRECTORY
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig, RunConfig
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.interop.runs import read_run, tokenizer_file, write_run
-from gqe_jax.transformer import Transformer
+from gqe_jax.model.transformer import Transformer
+from gqe_jax.training.checkpoint import DIRECTORY
 
 Start = Literal["least_squares", "scaled_mean", "mean"]
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 import tyro
 
-from gqe_jax.checkpoint import CheckpointError
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.report import page
 from gqe_jax.report.curves import DIRECTORY, Curves
 from gqe_jax.report.routing import route_text
 from gqe_jax.storage import is_remote, location, write_whole
+from gqe_jax.training.checkpoint import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gqe_jax.storage import location, write_whole
-from gqe_jax.telemetry import read_metrics
+from gqe_jax.training.telemetry import read_metrics
 
 DIRECTORY = "report"
 # Okabe and Ito's colours, which colour-blind people can tell apart; page.css has the same.

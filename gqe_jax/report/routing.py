@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import AttentionConfig, MeshConfig
 from gqe_jax.data import DataError, open_corpus
 from gqe_jax.data.tokenizers import Tokenizer
 from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
-from gqe_jax.training import make_steps
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import make_steps
 
 END_OF_DOCUMENT = "␄"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from experiments import decode
 from gqe_jax import AttentionConfig, ModelConfig
-from kernels.benchmarks import decode
 
 CONFIG = ModelConfig(
     attention=AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2),

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import projections
 from gqe_jax import AttentionConfig, GroupedQueryAttention, GroupedQueryExperts
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
-from kernels.benchmarks import prefill, projections
+from kernels.benchmarks import prefill
 from kernels.benchmarks.speed import contenders, document, experts, figure, timing, whole, work
 from kernels.benchmarks.speed.cases import FULL, SMALL, Case, cases
 from kernels.benchmarks.speed.peers import peers

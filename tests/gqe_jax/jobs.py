@@ -12,7 +12,7 @@ import numpy as np
 from gqe_jax.config import RunConfig
 from gqe_jax.data import open_corpus, window_indices
 from gqe_jax.data.pipeline import num_windows, read_windows
-from gqe_jax.telemetry import read_metrics
+from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.runs import start_training
 
 Rows = dict[tuple[int, int], int]

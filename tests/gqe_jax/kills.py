@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 from gqe_jax.config import MeshConfig, RunConfig
-from gqe_jax.telemetry import read_metrics
+from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.jobs import finish, kill_one, reach, start_job
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 

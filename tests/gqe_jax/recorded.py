@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import train
-from gqe_jax import trainer
+from gqe_jax.training import loop as trainer
 from tests.gqe_jax.jobs import checksum
 
 

@@ -11,7 +11,6 @@ import sys
 import jax
 import numpy as np
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -22,8 +21,9 @@ from gqe_jax.config import (
 )
 from gqe_jax.data.prepare import PrepareConfig, prepare
 from gqe_jax.sharding import make_mesh
-from gqe_jax.telemetry import read_metrics
-from gqe_jax.training import make_steps
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import make_steps
+from gqe_jax.training.telemetry import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gqe_jax import AttentionConfig, ConfigError, KVCache
-from gqe_jax.attention import make_attention
+from gqe_jax.model.attention import make_attention
 from tests import oracle
 from tests.gqe_kernels.contract import assert_close
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqe_jax.attention import make_attention
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
-from gqe_jax.sharded_attention import sharded_routed_attention
+from gqe_jax.model.attention import make_attention
+from gqe_jax.model.sharded_attention import sharded_routed_attention
+from gqe_jax.model.transformer import Transformer
+from gqe_jax.model.zigzag import from_zigzag, to_zigzag
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, make_mesh, on_mesh
-from gqe_jax.training import Batch, gradients, make_steps
-from gqe_jax.transformer import Transformer
-from gqe_jax.zigzag import from_zigzag, to_zigzag
+from gqe_jax.training.steps import Batch, gradients, make_steps
 from gqe_kernels import routed_attention
 
 LENGTH = 64

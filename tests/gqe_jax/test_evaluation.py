@@ -14,7 +14,7 @@ from gqe_jax.data import Corpus, DataError
 from gqe_jax.evaluation import evaluate
 from gqe_jax.evaluation.trigram import trigram_held_out
 from gqe_jax.sharding import make_mesh
-from gqe_jax.training import make_steps
+from gqe_jax.training.steps import make_steps
 from tests.gqe_jax.runs import make_corpus, small_config
 
 

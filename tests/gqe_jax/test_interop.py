@@ -11,7 +11,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from gqe_jax import AttentionConfig, ModelConfig, Transformer
-from gqe_jax.attention import make_attention
 from gqe_jax.config import RunConfig
 from gqe_jax.interop.export_weights import ExportConfig, export_weights
 from gqe_jax.interop.hf_config import to_model_config
@@ -19,7 +18,8 @@ from gqe_jax.interop.import_weights import ImportConfig, import_weights, read_mo
 from gqe_jax.interop.layout import abstract_params, layer_from_torch, layer_to_torch
 from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.tensors import INDEX_FILE, WEIGHTS_FILE, Tensors, WeightsError
-from gqe_jax.trainer import read_config
+from gqe_jax.model.attention import make_attention
+from gqe_jax.training.loop import read_config
 from tests.gqe_jax import llama
 
 LLAMA3 = {

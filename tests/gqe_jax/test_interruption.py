@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from gqe_jax.telemetry import read_metrics
+from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.runs import (
     comparable_metrics,
     make_corpus,
@@ -76,7 +76,7 @@ def test_interrupted_run_is_bit_identical_after_a_restart(
 def test_the_second_signal_exits_at_once():
     program = """
 import os, signal
-from gqe_jax.trainer import Interrupt
+from gqe_jax.training.loop import Interrupt
 with Interrupt() as interrupt:
     assert not interrupt
     os.kill(os.getpid(), signal.SIGINT)

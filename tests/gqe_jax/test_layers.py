@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gqe_jax import layers
+from gqe_jax.model import layers
 from tests import oracle
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from gqe_jax import AttentionConfig, KVCache, linen
-from gqe_jax.attention import make_attention
+from gqe_jax.model.attention import make_attention
 from gqe_jax.sharding import RULES
 
 X = jax.random.normal(jax.random.key(1), (2, 6, 16))

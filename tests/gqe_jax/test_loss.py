@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_jax.attention import AttentionAux
 from gqe_jax.config import OptimizerConfig
-from gqe_jax.loss import chunked_cross_entropy, chunked_divergence, router_loss
+from gqe_jax.model.attention import AttentionAux
+from gqe_jax.training.loss import chunked_cross_entropy, chunked_divergence, router_loss
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 11, 512])

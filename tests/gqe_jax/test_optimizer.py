@@ -9,7 +9,13 @@ from flax import nnx
 
 from gqe_jax import ModelConfig, Transformer
 from gqe_jax.config import AttentionConfig, OptimizerConfig
-from gqe_jax.optimizer import decay_mask, gradient_norms, make_optimizer, warmup_stable_decay, zclip
+from gqe_jax.training.optimizer import (
+    decay_mask,
+    gradient_norms,
+    make_optimizer,
+    warmup_stable_decay,
+    zclip,
+)
 
 
 def zclip_in_python(norms, alpha=0.97, threshold=2.5, warmup=25, cap=1.0):

@@ -12,8 +12,8 @@ import pytest
 from gqe_jax import processes
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.sharding import make_mesh
-from gqe_jax.telemetry import read_metrics
-from gqe_jax.trainer import train
+from gqe_jax.training.loop import train
+from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.jobs import due_rows, finish, kill_one, reach, read_rows, start_job
 from tests.gqe_jax.kills import SECONDS_TO_END, run_kills, whole_checkpoints
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config

@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import ConfigError
 from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer
+from gqe_jax.model.transformer import Transformer
 from gqe_jax.report import measures, page
 from gqe_jax.report.__main__ import ReportConfig, write_report
 from gqe_jax.report.curves import Curves
 from gqe_jax.report.measures import Expert
 from gqe_jax.report.routing import route_text, token_texts
 from gqe_jax.sharding import make_mesh
-from gqe_jax.telemetry import METRICS_FILE
-from gqe_jax.training import make_steps
-from gqe_jax.transformer import Transformer
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import make_steps
+from gqe_jax.training.telemetry import METRICS_FILE
 from tests.gqe_jax.runs import make_corpus, small_config
 
 TEXT = 'naïve <b>"query" & </script> key\n' * 3  # 37 bytes a line: 3 windows and a part

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_jax import routing
+from gqe_jax.model import routing
 
 ALL = jnp.ones((1, 4))
 

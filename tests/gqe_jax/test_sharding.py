@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from configs import CONFIGS
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
-from gqe_jax.training import make_steps
+from gqe_jax.training.steps import make_steps
 
 TINY = CONFIGS["tiny"]
 

@@ -11,15 +11,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.data.corpus import Corpus, DataError
 from gqe_jax.data.pipeline import read_windows
 from gqe_jax.data.prepare import PrepareConfig, prepare
 from gqe_jax.report.curves import draw
 from gqe_jax.storage import find, is_remote, location, write_whole
-from gqe_jax.telemetry import METRICS_FILE, Telemetry, read_metrics
-from gqe_jax.trainer import read_config, train, write_config
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.loop import read_config, train, write_config
+from gqe_jax.training.telemetry import METRICS_FILE, Telemetry, read_metrics
 from tests.gqe_jax.runs import make_corpus, small_config
 
 

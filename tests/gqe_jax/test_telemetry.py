@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gqe_jax import report
-from gqe_jax.telemetry import Telemetry, peak_flops, read_metrics
+from gqe_jax.training.telemetry import Telemetry, peak_flops, read_metrics
 
 
 def device(kind):

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from gqe_jax.checkpoint import CheckpointError, Checkpoints
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.config_json import from_dict
 from gqe_jax.data import DataError
 from gqe_jax.evaluation.run import defaults_for, evaluate_run
-from gqe_jax.telemetry import read_metrics
-from gqe_jax.trainer import NonFiniteLossError, train
+from gqe_jax.training.checkpoint import CheckpointError, Checkpoints
+from gqe_jax.training.loop import NonFiniteLossError, train
+from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 
 

@@ -15,7 +15,7 @@ from gqe_jax.config import (
     RunConfig,
 )
 from gqe_jax.sharding import batch_sharding, global_batch, make_mesh
-from gqe_jax.training import Batch, Teacher, gradients, make_steps
+from gqe_jax.training.steps import Batch, Teacher, gradients, make_steps
 
 CONFIG = RunConfig(
     model=ModelConfig(

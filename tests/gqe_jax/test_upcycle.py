@@ -14,7 +14,7 @@ from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.upcycle import UpcycleConfig, convert, fit_out, upcycle
-from gqe_jax.trainer import read_config, train
+from gqe_jax.training.loop import read_config, train
 from tests import oracle
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 

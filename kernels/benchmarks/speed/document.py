@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gqe_jax.storage import write_whole
-from gqe_jax.telemetry import peak_flops
+from gqe_jax.training.telemetry import peak_flops
 from kernels.benchmarks.speed.cases import Case
 from kernels.benchmarks.speed.contenders import sides
 from kernels.benchmarks.speed.timing import Outcome, spread

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import CONFIGS
-from gqe_jax import attention as layers
 from gqe_jax.config import MeshConfig
+from gqe_jax.model import attention as layers
+from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
-from gqe_jax.training import Batch, forward_loss, make_steps
-from gqe_jax.transformer import Transformer
+from gqe_jax.training.steps import Batch, forward_loss, make_steps
 from kernels.benchmarks.speed import work
 from kernels.benchmarks.speed.arrays import contender, normal
 from kernels.benchmarks.speed.cases import Case, Scale

@@ -5,7 +5,7 @@ usual: logits once more, however often a kernel computes them.
 """
 
 from gqe_jax.config import AttentionConfig, ModelConfig
-from gqe_jax.transformer import matmul_flops_per_token
+from gqe_jax.model.transformer import matmul_flops_per_token
 
 
 def attention(heads: int, head_dim: int, length: int, batch: int, *, training: bool) -> int:

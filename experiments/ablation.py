@@ -1,6 +1,6 @@
 """Trains the four variants of a configuration on several seeds and tabulates their held-out text.
 
-    python -m configs.ablation --config tiny --seeds 3
+    python -m experiments.ablation --config tiny --seeds 3
 
 A run that is there already is not trained again, and one that was stopped goes on.
 """
@@ -15,8 +15,8 @@ from typing import get_args
 from configs import CONFIGS
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, Variant
-from gqe_jax.telemetry import read_metrics
-from gqe_jax.trainer import train
+from gqe_jax.training.loop import train
+from gqe_jax.training.telemetry import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,17 +17,17 @@ import jax
 from jax.sharding import Mesh
 
 from gqe_jax import processes, report
-from gqe_jax.checkpoint import Checkpoints
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import from_dict, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
 from gqe_jax.evaluation import evaluate
+from gqe_jax.model.transformer import matmul_flops_per_token
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
 from gqe_jax.storage import location, write_whole
-from gqe_jax.telemetry import Silent, Telemetry, read_metrics
-from gqe_jax.training import Steps, Teacher, TrainState, make_steps
-from gqe_jax.transformer import matmul_flops_per_token
+from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.steps import Steps, Teacher, TrainState, make_steps
+from gqe_jax.training.telemetry import Silent, Telemetry, read_metrics
 
 CONFIG_FILE = "config.json"
 

@@ -12,7 +12,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
 from gqe_jax.storage import is_remote, location
-from gqe_jax.training import TrainState
+from gqe_jax.training.steps import TrainState
 
 DIRECTORY = "checkpoints"
 _METRIC = "eval_loss"

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gqe_jax.attention import AttentionAux
 from gqe_jax.config import OptimizerConfig
+from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import partition_spec
 
 

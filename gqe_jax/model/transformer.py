@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gqe_jax.attention import AttentionAux, make_attention
-from gqe_jax.cache import KVCache
 from gqe_jax.config import ModelConfig
-from gqe_jax.layers import SwiGLU, embedding, rms_norm
+from gqe_jax.model.attention import AttentionAux, make_attention
+from gqe_jax.model.cache import KVCache
+from gqe_jax.model.layers import SwiGLU, embedding, rms_norm
+from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
-from gqe_jax.zigzag import context_shards, from_zigzag, to_zigzag
 
 _REMAT_POLICY = {
     "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -1,7 +1,7 @@
 """Decoding speed of GQE against dense GQA: tokens a second of whole models, on this device.
 
-    python -m kernels.benchmarks.decode --json kernels/benchmarks/results/decode.json
-    python -m kernels.benchmarks.decode --batch 1 16 --context 2048 --dtype bfloat16
+    python -m experiments.decode --json kernels/benchmarks/results/decode.json
+    python -m experiments.decode --batch 1 16 --context 2048 --dtype bfloat16
 
 The models differ in the variant alone and take turns, so that what else the machine does falls on
 both. Weights are random and the cache holds `context` random keys and values for each row.
@@ -22,7 +22,7 @@ from flax import nnx
 
 from configs import CONFIGS
 from gqe_jax.config import ModelConfig
-from gqe_jax.transformer import Transformer, unrolled
+from gqe_jax.model.transformer import Transformer, unrolled
 
 
 class Decoder:

@@ -1,8 +1,8 @@
 """Compiles the large configurations for slices that are not here, and draws up their tables.
 
-    python -m configs.compiled slices
-    python -m configs.compiled context
-    python -m configs.compiled attention
+    python -m experiments.compiled slices
+    python -m experiments.compiled context
+    python -m experiments.compiled attention
 
 Each row is `python train.py NAME --compile-for SLICE ...`, a minute or two on two cores. What has
 been compiled is kept, so that a table that was cut short goes on; delete the file to begin anew.
@@ -160,7 +160,7 @@ def _kernels(found: dict[str, Any]) -> float:
 def main() -> None:
     """The command line."""
     config = parse(
-        CompiledConfig, sys.argv[1:], prog="python -m configs.compiled", description=__doc__
+        CompiledConfig, sys.argv[1:], prog="python -m experiments.compiled", description=__doc__
     )
     print(run_command(lambda: run_table(config)))
 

@@ -3,7 +3,7 @@
 A kernel is opaque to XLA's partitioner, so each device runs it on its own rows, queries and groups.
 
 - Over the context axis, keys and values are gathered: a shard's queries stand in one piece of the
-  sequence, or in two (`gqe_jax.zigzag`), and see all keys before them.
+  sequence, or in two (`gqe_jax.model.zigzag`), and see all keys before them.
 - Over the tensor axis, two things cross: the weighted slot's sum, and the shared head. Its keys and
   values are a mean over all groups, and each shard attends for its part of the queries.
 
@@ -45,7 +45,7 @@ def sharded_dense_attention(
     """`gqe_kernels.dense_attention` on the current mesh (`jax.set_mesh`), or without one.
 
     Args:
-      zigzag: the sequence is in the order of `gqe_jax.zigzag`.
+      zigzag: the sequence is in the order of `gqe_jax.model.zigzag`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if _is_trivial(mesh) or _is_decoding(arguments):
@@ -66,7 +66,7 @@ def sharded_routed_attention(
     """`gqe_kernels.routed_attention` on the current mesh (`jax.set_mesh`), or without one.
 
     Args:
-      zigzag: the sequence is in the order of `gqe_jax.zigzag`.
+      zigzag: the sequence is in the order of `gqe_jax.model.zigzag`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if _is_trivial(mesh) or _is_decoding(arguments):

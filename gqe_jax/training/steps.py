@@ -12,12 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from gqe_jax import loss as losses
-from gqe_jax.attention import AttentionAux
 from gqe_jax.config import RunConfig
-from gqe_jax.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
+from gqe_jax.model.attention import AttentionAux
+from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import batch_sharding, constrain, on_mesh, shardings
-from gqe_jax.transformer import Transformer
+from gqe_jax.training import loss as losses
+from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,7 @@
 """One product for queries, keys and values, or one each: compiled for chips, not run.
 
-    python -m kernels.benchmarks.projections --chip v5e v6e
-    python -m kernels.benchmarks.projections --chip h200      # needs pip install '.[cuda]'
+    python -m experiments.projections --chip v5e v6e
+    python -m experiments.projections --chip h200      # needs pip install '.[cuda]'
 
 On a GPU XLA merges such products itself, up to a size that a flag sets: a fourth form.
 
@@ -25,10 +25,10 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from configs import CONFIGS
-from gqe_jax import attention
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
-from gqe_jax.transformer import Transformer
+from gqe_jax.model import attention
+from gqe_jax.model.transformer import Transformer
 from kernels.benchmarks.gpu_compile import H200
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}

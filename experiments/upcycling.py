@@ -1,6 +1,6 @@
 """Upcycles a dense model in every way, trains on, and tabulates held-out text, on several seeds.
 
-    python -m configs.upcycling --config tiny --seeds 3
+    python -m experiments.upcycling --config tiny --seeds 3
 
 The extra steps are the same text for every row. A run that is there already is not trained again,
 and one that was stopped goes on.
@@ -21,8 +21,8 @@ from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.evaluation.run import defaults_for, evaluate_run
 from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.upcycle import Start, UpcycleConfig, upcycle
-from gqe_jax.telemetry import read_metrics
-from gqe_jax.trainer import read_config, train
+from gqe_jax.training.loop import read_config, train
+from gqe_jax.training.telemetry import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gqe_jax import routing
-from gqe_jax.cache import KVCache
 from gqe_jax.config import AttentionConfig, ConfigError
-from gqe_jax.layers import projection, rms_norm, rotary
-from gqe_jax.sharded_attention import sharded_dense_attention, sharded_routed_attention
+from gqe_jax.model import routing
+from gqe_jax.model.cache import KVCache
+from gqe_jax.model.layers import projection, rms_norm, rotary
+from gqe_jax.model.sharded_attention import sharded_dense_attention, sharded_routed_attention
 
 
 @jax.tree_util.register_dataclass
@@ -204,7 +204,7 @@ class GroupedQueryExperts(_Attention):
           cache: keys and values so far; they are attended to, and the new ones appended.
           mask: True for tokens, False for padding; short for segment ids of 1 and 0.
           return_routing: put `router_probs` and `expert_index` into the aux.
-          zigzag: the tokens are in the order of `gqe_jax.zigzag`, and `positions` says so; for
+          zigzag: the tokens are in the order of `zigzag.py`, and `positions` says so; for
             a mesh with a context axis, over which plain order leaves early shards with less work.
 
         Returns:

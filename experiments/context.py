@@ -1,6 +1,6 @@
 """Keys and values over the context axis: gathered, or passed around a ring. Compiled, not run.
 
-    python -m kernels.benchmarks.context
+    python -m experiments.context
 
 One layer's attention, forward, on one sequence in zigzag order over 8 and over 64 chips of a v5p
 that are not here. The ring sends what a shard holds to its neighbour while it attends to it, and
@@ -20,7 +20,7 @@ from gqe_jax.compile_for.collectives import collectives
 from gqe_jax.compile_for.costs import count
 from gqe_jax.compile_for.estimate import estimate, with_links
 from gqe_jax.config import MeshConfig
-from gqe_jax.sharded_attention import sharded_routed_attention
+from gqe_jax.model.sharded_attention import sharded_routed_attention
 from gqe_jax.sharding import make_mesh
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.forward import forward

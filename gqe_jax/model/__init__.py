@@ -1,0 +1,1 @@
+"""The layers and the language model: pure functions of their arguments and parameters."""
