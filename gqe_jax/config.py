@@ -6,7 +6,7 @@ An error names the field, its value and what would be right.
 import dataclasses
 from typing import Any, Literal, get_args
 
-from gqe_kernels import Implementation
+from gqe_kernels import ImplementationName
 
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
@@ -384,7 +384,7 @@ class RunConfig:
         )
         _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
         if self.attention_kernel is not None:
-            _check_choice(self, "attention_kernel", Implementation)
+            _check_choice(self, "attention_kernel", ImplementationName)
         _check(
             self.eval_batches is None or self.eval_batches > 0,
             "eval_batches",

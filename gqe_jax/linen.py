@@ -10,6 +10,7 @@ from gqe_jax.config import AttentionConfig
 from gqe_jax.model import attention
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.model.cache import KVCache
+from gqe_kernels import Implementation
 
 
 def _logically_partitioned(variable: nnx.Variable) -> nn.LogicallyPartitioned:
@@ -23,7 +24,7 @@ class _Linen(nn.Module):
     config: AttentionConfig
     dtype: jnp.dtype | None = None
     param_dtype: jnp.dtype = jnp.float32
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     def setup(self) -> None:
         self.layer = bridge.to_linen(

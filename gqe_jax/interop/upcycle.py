@@ -29,6 +29,7 @@ from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.interop.runs import read_run, tokenizer_file, write_run
+from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.training.checkpoint import DIRECTORY
 
@@ -248,8 +249,8 @@ def _slots(
 ) -> Float[Array, "batch length slot head_dim"]:
     """What enters W_O."""
     block = nnx.merge(graphdef, params)
-    block.attention.out = lambda slots: slots
-    return block.attention(block.attention_norm(x))[0]
+    attention = sharded(block.attention.implementation)
+    return block.attention.slots(block.attention_norm(x), attention=attention)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,7 +1,29 @@
 """Grouped Query Experts and its dense baseline, grouped-query attention, as `nnx.Module`s.
 
-Modules hold parameters and configuration, no other state: a call is a pure function of its
-arguments.
+Source: Grouped Query Experts, arXiv 2606.20945. For one token x [embed_dim]; g counts the groups, m
+the experts of a group, j = 1..k the ranks of those that the token selects; @ contracts embed_dim:
+
+(1) key[g] = rope(x @ W_key[g]),  value[g] = x @ W_value[g]
+(2) query[g, m] = rope(x @ W_query[g, m]),  shared_query = rope(x @ W_shared_query)
+(3) probs[g] = softmax over m of x @ W_router[g],
+    selected[g, j], expert_index[g, j] = the j-th largest of probs[g] and its index m
+(4) hard[g, j] = attend(query[g, expert_index[g, j]], key[g], value[g]),
+    shared = attend(shared_query, mean over g of key[g], mean over g of value[g])
+(5) slot_weight[g, j] = selected[g, j] / sum over all groups and ranks of selected,
+    weighted = sum over g, j of slot_weight[g, j] * hard[g, j],
+    y = concatenate(hard[0, 1..k], hard[1, 1..k], ..., weighted, shared) @ W_out
+
+`attend(q, K, V)` is softmax(q · K / sqrt(head_dim)) V over the tokens up to and including q's, of
+the same segment; padding, segment 0, attends to nothing and has slots of zeros. `rope` rotates
+feature i of a head with feature i + head_dim / 2 by the angle
+position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos + a sin). With
+`qk_norm`, an RMSNorm over head_dim with one scale for all heads comes before it.
+
+The variants: `gqe` has all slots; `hard_concat` the hard ones; `weighted_concat` the hard ones,
+each times its `selected`; `gqa` attends with every query and has no router. With `shared_kv`
+`group_0` the shared head attends to key[0] and value[0]; with `own`, to projections of its own.
+
+Modules hold parameters and configuration and no other state: a call is a pure function.
 """
 
 import dataclasses
@@ -13,15 +35,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig, ConfigError
 from gqe_jax.model import routing
-from gqe_jax.model.cache import KVCache
-from gqe_jax.model.layers import projection, rms_norm, rotary
-from gqe_jax.model.sharded_attention import sharded_dense_attention, sharded_routed_attention
+from gqe_jax.model.cache import KVCache, with_cache
+from gqe_jax.model.layers import apply_rope, projection, rms_norm
+from gqe_jax.model.sharded_attention import sharded
+from gqe_kernels import Attention, Implementation, Routed, Slots, get_attention
+from gqe_kernels.contract import default_scale
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionAux:
-    """What a layer returns beside its output; all float32, means over the batch's tokens."""
+    """What a layer returns with its output; all float32, means over the batch's tokens."""
+
+    __no_type_check__ = True  # JAX puts other things than arrays at the leaves of a tree
 
     load_balancing_loss: Float[Array, ""]
     router_z_loss: Float[Array, ""]
@@ -32,7 +58,7 @@ class AttentionAux:
 
 
 class _Attention(nnx.Module):
-    """Projections and the cache: what GQE and GQA share."""
+    """What both layers share: keys, values, W_out, and the call around `slots`."""
 
     def __init__(
         self,
@@ -40,7 +66,7 @@ class _Attention(nnx.Module):
         *,
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         embed, group, expert = config.embed_dim, config.num_kv_heads, config.experts_per_group
@@ -48,7 +74,7 @@ class _Attention(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kv_axes = ("embed", "group", None)
         self.config = config
-        self.implementation = implementation
+        self.implementation = get_attention(implementation)
         self.query = projection(
             embed, (group, expert, head_dim), ("embed", "group", None, None), **types
         )
@@ -60,67 +86,79 @@ class _Attention(nnx.Module):
             self.query_norm = rms_norm(head_dim, **norm)
             self.key_norm = rms_norm(head_dim, **norm)
 
-    def _turned_query(self, query, positions):
-        """Query heads, normed if the configuration says so, with rotary embedding."""
-        query = self.query_norm(query) if self.config.qk_norm else query
-        return rotary(query, positions, self.config.rope_theta, self.config.rope_scaling)
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        *,
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+        mask: Bool[Array, "batch length"] | None = None,
+        return_routing: bool = False,
+    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
+        """Causal self-attention.
 
-    def _turned_key(self, key, positions):
-        """As `_turned_query`, of key heads."""
-        key = self.key_norm(key) if self.config.qk_norm else key
-        return rotary(key, positions, self.config.rope_theta, self.config.rope_scaling)
+        Args:
+          x: the tokens.
+          positions: for RoPE; None: 0, 1, ..., or counted on from the cache.
+          segment_ids: tokens attend only within their segment; id 0 is padding, which attends to
+            nothing and is left out of the router's statistics. With a cache, padding stands to the
+            right and a row is one segment.
+          cache: the keys and values so far, to which the tokens attend; the new ones are appended.
+          mask: True for tokens, False for padding: short for segment ids of 1 and 0.
+          return_routing: return `router_probs` and `expert_index` in the aux; gqa has none.
 
-    def _positions_and_segments(self, x, positions, segment_ids, cache, mask):
-        """Defaults: positions count on from the cache; a mask is segment 1 and padding."""
-        batch, length, _ = x.shape
+        Returns:
+          The output; the aux; the cache with the new tokens, or None without one.
+
+        Raises:
+          ValueError: a shape does not fit the configuration.
+        """
+        for name, array in (("positions", positions), ("segment_ids", segment_ids), ("mask", mask)):
+            if array is not None and array.shape != x.shape[:2]:
+                raise ValueError(f"{name} has shape {array.shape}; it must be {x.shape[:2]}")
+        if mask is not None:
+            segment_ids = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
+        slots, aux, cache = self.slots(
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            return_routing=return_routing,
+            attention=sharded(self.implementation),
+        )
+        return self.out(slots), aux, cache
+
+    def _positions(self, x, positions, cache):
         if x.shape[2] != self.config.embed_dim:
             raise ValueError(
                 f"x has shape {x.shape}; its last axis must be embed_dim ({self.config.embed_dim})"
             )
-        for name, array in (("positions", positions), ("segment_ids", segment_ids), ("mask", mask)):
-            if array is not None and array.shape != (batch, length):
-                raise ValueError(f"{name} has shape {array.shape}; it must be {(batch, length)}")
-        if positions is None:
-            start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-            positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-        if mask is not None:
-            segment_ids = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
-        return positions, segment_ids
+        if positions is not None:
+            return positions
+        start = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
+        return start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
 
-    def _keys_and_masking(self, cache, segment_ids, key, value, shared_key, shared_value):
-        """What the queries attend to, with the cache if there is one, and how it is masked."""
-        if cache is None:
-            masking = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-            return None, (key, value, shared_key, shared_value), masking
-        is_token = None if segment_ids is None else segment_ids != 0
-        written = cache.append(key, value, shared_key, shared_value, is_token)
-        # A cached row is one segment; the causal mask hides what is not yet written.
-        masking = {"q_offset": cache.length}
-        if is_token is not None:
-            masking["q_segment_ids"] = is_token.astype(jnp.int32)
-            masking["kv_segment_ids"] = jnp.ones((len(cache.length), written.capacity), jnp.int32)
-        heads = (jnp.swapaxes(x, 1, 2) for x in (written.key, written.value))
-        stored = (*heads, written.shared_key, written.shared_value)
-        return (
-            written,
-            tuple(x if x is None else x.astype(key.dtype) for x in stored),
-            masking,
-        )
+    def _rope(self, name: str, x, positions):
+        """The heads of projection `name`, normed if `qk_norm`, with RoPE."""
+        config, heads = self.config, getattr(self, name)(x)
+        if config.qk_norm:
+            heads = (self.key_norm if name.endswith("key") else self.query_norm)(heads)
+        return apply_rope(heads, positions, config.rope_theta, config.rope_scaling)
 
 
 class GroupedQueryExperts(_Attention):
-    """A mixture of experts over the query heads of grouped-query attention.
+    """A mixture of experts over the query heads of grouped-query attention, arXiv 2606.20945.
 
-    Source: arXiv 2606.20945; the numbered steps are those of its layer. Each group's key and value
-    head stays dense, so the cache is GQA's; a router picks `top_k` of the group's query heads for
-    each token.
+    Each group's key and value head stays dense, so the cache is that of grouped-query attention; a
+    router picks `top_k` of the group's query heads for each token.
 
     Args:
       config: the geometry; variant `gqe`, `hard_concat` or `weighted_concat`.
       dtype: type of the computation; None: that of the inputs and parameters promoted. The router
         computes in float32.
       param_dtype: type of the parameters.
-      implementation: of `gqe_kernels.routed_attention`; None: the best for the platform.
+      implementation: as in `gqe_kernels.routed_attention`; None: the best for the platform.
       rngs: source of the initial parameters.
 
     Parameters: `query.kernel` [embed, group, expert, head_dim], `key.kernel` and `value.kernel`
@@ -131,6 +169,7 @@ class GroupedQueryExperts(_Attention):
 
     Raises:
       ConfigError: the variant is `gqa`.
+      ValueError: there is no implementation of this name.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -148,7 +187,7 @@ class GroupedQueryExperts(_Attention):
         *,
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         if config.variant == "gqa":
@@ -182,80 +221,55 @@ class GroupedQueryExperts(_Attention):
                 )
                 setattr(self, f"shared_{name}", module)
 
-    def __call__(
+    def slots(
         self,
         x: Float[Array, "batch length embed"],
         *,
+        attention: Attention,
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
         return_routing: bool = False,
-        zigzag: bool = False,
-    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
-        """Causal self-attention.
+    ) -> tuple[Slots, AttentionAux, KVCache | None]:
+        """The slots that W_out multiplies, equations (1) to (5) but for the product.
 
         Args:
-          x: the tokens.
-          positions: for the rotary embedding; None: 0, 1, … or on from the cache.
-          segment_ids: tokens attend only within their segment; id 0 is padding, which attends to
-            nothing and stays out of the router's statistics. With a cache, padding stands to the
-            right and a row is one segment.
-          cache: keys and values so far; they are attended to, and the new ones appended.
-          mask: True for tokens, False for padding; short for segment ids of 1 and 0.
-          return_routing: put `router_probs` and `expert_index` into the aux.
-          zigzag: the tokens are in the order of `zigzag.py`, and `positions` says so; for
-            a mesh with a context axis, over which plain order leaves early shards with less work.
+          attention: a function of the contract, such as `sharded(layer.implementation)`.
+          x, positions, segment_ids, cache, return_routing: as in a call of the layer.
 
         Returns:
-          The output; the aux; the cache with the new tokens, or None without one.
-
-        Raises:
-          ValueError: a shape does not fit the configuration.
+          The slots, the aux and the cache, as in a call of the layer.
         """
         config = self.config
-        positions, segment_ids = self._positions_and_segments(
-            x, positions, segment_ids, cache, mask
-        )
-        key, value = self._turned_key(self.key(x), positions), self.value(x)  # step 1
-        query = self._turned_query(self.query(x), positions)  # step 2
-
-        logits = self.router(x.astype(jnp.float32))  # step 3
-        probs = routing.router_probabilities(logits)
+        positions = self._positions(x, positions, cache)
+        key, value = self._rope("key", x, positions), self.value(x)  # (1)
+        query = self._rope("query", x, positions)  # (2)
+        logits = self.router(x.astype(jnp.float32))
+        probs = routing.router_probabilities(logits)  # (3)
         expert_index, selected = routing.select_top_k(probs, config.top_k)
-
-        shared_query = shared_key = shared_value = None
+        routed = Routed(query, key, value, expert_index)
         if config.variant == "gqe":
-            shared_query = self._turned_query(self.shared_query(x), positions)
+            routed = dataclasses.replace(
+                routed,
+                slot_weight=routing.slot_weights(selected),
+                shared_query=self._rope("shared_query", x, positions),
+            )
             if config.shared_kv == "own":
-                shared_key = self._turned_key(self.shared_key(x), positions)
-                shared_value = self.shared_value(x)
-
-        new_cache, keys, masking = self._keys_and_masking(
-            cache, segment_ids, key, value, shared_key, shared_value
-        )
-        key, value, shared_key, shared_value = keys
+                shared_key = self._rope("shared_key", x, positions)
+                routed = dataclasses.replace(
+                    routed, shared_key=shared_key, shared_value=self.shared_value(x)
+                )
+        routed, mask, cache = with_cache(routed, segment_ids, cache)
         if config.variant == "gqe" and config.shared_kv == "group_0":
-            shared_key, shared_value = key[:, :, 0], value[:, :, 0]
-        slots = sharded_routed_attention(  # steps 4, 5
-            query=query,
-            key=key,
-            value=value,
-            expert_index=expert_index,
-            slot_weight=routing.slot_weights(selected) if config.variant == "gqe" else None,
-            shared_query=shared_query,
-            shared_key=shared_key,
-            shared_value=shared_value,
-            implementation=self.implementation,
-            zigzag=zigzag,
-            **masking,
-        )
+            routed = dataclasses.replace(
+                routed, shared_key=routed.key[:, :, 0], shared_value=routed.value[:, :, 0]
+            )
+        slots = attention(routed, mask, default_scale(config.resolved_head_dim))  # (4), (5)
         if config.variant == "weighted_concat":
             slots *= selected.reshape(*slots.shape[:3], 1).astype(slots.dtype)
 
-        is_token = (
-            jnp.ones(x.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(float)
-        )
+        is_token = jnp.ones(x.shape[:2]) if segment_ids is None else segment_ids != 0
+        is_token = is_token.astype(jnp.float32)
         load = routing.expert_load(expert_index, config.experts_per_group, is_token)
         aux = AttentionAux(
             load_balancing_loss=routing.load_balancing_loss(probs, load, is_token),
@@ -265,13 +279,13 @@ class GroupedQueryExperts(_Attention):
             router_probs=probs if return_routing else None,
             expert_index=expert_index if return_routing else None,
         )
-        return self.out(slots), aux, new_cache
+        return slots, aux, cache
 
 
 class GroupedQueryAttention(_Attention):
     """Grouped-query attention of all query heads: the dense baseline.
 
-    Called as `GroupedQueryExperts`; its aux is zero and has no experts.
+    It is called as `GroupedQueryExperts`; its aux is zero and has no experts.
 
     Parameters: `query.kernel` [embed, group, expert, head_dim], `key.kernel` and `value.kernel`
     [embed, group, head_dim], `out.kernel` [head, head_dim, embed]; with `qk_norm`,
@@ -279,6 +293,7 @@ class GroupedQueryAttention(_Attention):
 
     Raises:
       ConfigError: the variant is not `gqa`.
+      ValueError: there is no implementation of this name.
     """
 
     def __init__(self, config: AttentionConfig, **kwargs):
@@ -289,39 +304,29 @@ class GroupedQueryAttention(_Attention):
             )
         super().__init__(config, **kwargs)
 
-    def __call__(
+    def slots(
         self,
         x: Float[Array, "batch length embed"],
         *,
+        attention: Attention,
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
         return_routing: bool = False,
-        zigzag: bool = False,
-    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
-        """As `GroupedQueryExperts.__call__`; there is no routing to return."""
+    ) -> tuple[Slots, AttentionAux, KVCache | None]:
+        """The heads' outputs that W_out multiplies; arguments as in `GroupedQueryExperts.slots`."""
         del return_routing
-        positions, segment_ids = self._positions_and_segments(
-            x, positions, segment_ids, cache, mask
-        )
-        query = self._turned_query(self.query(x), positions)
-        key = self._turned_key(self.key(x), positions)
-        new_cache, (key, value, _, _), masking = self._keys_and_masking(
-            cache, segment_ids, key, self.value(x), None, None
-        )
-        slots = sharded_dense_attention(
-            query=query,
-            key=key,
-            value=value,
-            implementation=self.implementation,
-            zigzag=zigzag,
-            **masking,
-        )
+        positions = self._positions(x, positions, cache)
+        query, key = self._rope("query", x, positions), self._rope("key", x, positions)
+        routed = Routed(query, key, self.value(x))
+        routed, mask, cache = with_cache(routed, segment_ids, cache)
+        slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))
         zero = jnp.zeros((), jnp.float32)
         group = self.config.num_kv_heads
-        aux = AttentionAux(zero, zero, jnp.zeros((group, 0)), jnp.zeros(group))
-        return self.out(slots), aux, new_cache
+        aux = AttentionAux(
+            zero, zero, jnp.zeros((group, 0), jnp.float32), jnp.zeros(group, jnp.float32)
+        )
+        return slots, aux, cache
 
 
 def make_attention(

@@ -7,16 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig
+from gqe_kernels import Mask, Routed
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotary applied) and values of one layer; rows may differ in length.
+    """Keys (after RoPE) and values of one layer; rows may differ in length.
 
     Groups stand before tokens, so that the products of decoding read each head in one piece.
     `shared_key` and `shared_value` exist only where the shared head has projections of its own.
     """
+
+    __no_type_check__ = True  # JAX puts other things than arrays at the leaves of a tree
 
     key: Float[Array, "batch group capacity head_dim"]
     value: Float[Array, "batch group capacity head_dim"]
@@ -83,3 +86,43 @@ class KVCache:
             shared_value=write(self.shared_value, shared_value, slot) if own else None,
             length=self.length + jnp.sum(is_token, axis=1, dtype=jnp.int32),
         )
+
+
+def with_cache(
+    routed: Routed, segment_ids: Int[Array, "batch length"] | None, cache: KVCache | None
+) -> tuple[Routed, Mask, KVCache | None]:
+    """What the queries attend to: the cache's keys and values, if there is one, and the new ones.
+
+    A row of a cache is one segment, in which the causal mask hides what is not yet written.
+
+    Args:
+      routed: the operands of the new tokens.
+      segment_ids: segment 0 is padding.
+
+    Returns:
+      The operands over all keys, their mask, and the cache with the new tokens.
+
+    Raises:
+      ValueError: more tokens come at once than the cache can hold.
+    """
+    if cache is None:
+        return routed, Mask(q_segment_ids=segment_ids, kv_segment_ids=segment_ids), None
+    is_token = None if segment_ids is None else segment_ids != 0
+    written = cache.append(
+        routed.key, routed.value, routed.shared_key, routed.shared_value, is_token
+    )
+    mask = Mask(offset=cache.length[:, None])
+    if is_token is not None:
+        mask = dataclasses.replace(
+            mask,
+            q_segment_ids=is_token.astype(jnp.int32),
+            kv_segment_ids=jnp.ones((len(is_token), written.capacity), jnp.int32),
+        )
+    stored = dataclasses.replace(
+        routed,
+        key=jnp.swapaxes(written.key, 1, 2),
+        value=jnp.swapaxes(written.value, 1, 2),
+        shared_key=written.shared_key,
+        shared_value=written.shared_value,
+    )
+    return stored.map_keys(lambda x: x.astype(routed.key.dtype)), mask, written

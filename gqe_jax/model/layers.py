@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding, SwiGLU and embedding: Flax's layers, with logical axes."""
+"""Projections, RMSNorm, RoPE, SwiGLU and embedding: Flax's layers, with logical axes."""
 
 import math
 
@@ -72,10 +72,10 @@ def embedding(
 
 
 def rope_frequencies(half: int, theta: float, scaling: RopeScaling) -> Float[Array, "half"]:
-    """Radians that each pair of features turns from one position to the next, float32.
+    """The angle, in radians, by which each pair of features rotates from one position to the next.
 
-    `llama3` is the scaling of Meta's Llama 3.1 code: pairs between the two wavelengths are
-    interpolated between turning as before and turning `factor` times slower.
+    `linear` divides every frequency by `factor`. `llama3` is the scaling of Meta's Llama 3.1 code:
+    high frequencies are kept, low ones divided by `factor`, and those between are interpolated.
     """
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling.kind == "none":
@@ -88,44 +88,44 @@ def rope_frequencies(half: int, theta: float, scaling: RopeScaling) -> Float[Arr
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
-def rotary(
+def apply_rope(
     x: Float[Array, "batch length *heads head_dim"],
     positions: Int[Array, "batch length"],
     theta: float,
     scaling: RopeScaling = RopeScaling(),  # noqa: B008 - frozen
 ) -> Float[Array, "batch length *heads head_dim"]:
-    """Rotary position embedding, half-split: feature i turns with feature i + head_dim / 2.
+    """Rotary position embedding, half-split: feature i rotates with feature i + head_dim / 2.
 
     Source: RoFormer, arXiv 2104.09864. Angles in float32; the result has the dtype of `x`.
     """
     frequency = rope_frequencies(x.shape[-1] // 2, theta, scaling)
-    return _turned(x, positions.astype(jnp.float32)[..., None] * frequency)
+    return _rotate(x, positions.astype(jnp.float32)[..., None] * frequency)
 
 
-def _turn(x, angle, direction):
+def _rotate_by(x, angle, direction):
     halves = x.reshape(*x.shape[:-1], 2, -1)
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 2), -1)
     sin = jnp.sin(angle) * (direction * jnp.array([[-1.0], [1.0]]))
     flipped = jnp.flip(halves, axis=-2).astype(jnp.float32)
-    turned = halves.astype(jnp.float32) * jnp.cos(angle) + flipped * sin
-    return turned.astype(x.dtype).reshape(x.shape)
+    rotated = halves.astype(jnp.float32) * jnp.cos(angle) + flipped * sin
+    return rotated.astype(x.dtype).reshape(x.shape)
 
 
 @jax.custom_vjp
-def _turned(
+def _rotate(
     x: Float[Array, "batch length *heads head_dim"], angle: Float[Array, "batch length half"]
 ) -> Float[Array, "batch length *heads head_dim"]:
-    """Each pair of features turned by its angle, which has no gradient.
+    """`x` with each pair of features rotated by its angle, which has no gradient.
 
-    The halves are an axis that is flipped, and the gradient is the turn back: of halves cut apart
-    and concatenated XLA makes several passes over HBM on TPU, of these one.
+    The halves are an axis that is flipped, and the gradient is the rotation back: for halves that
+    are sliced and concatenated XLA makes several passes over HBM on TPU, for these one.
     """
-    return _turn(x, angle, 1)
+    return _rotate_by(x, angle, 1)
 
 
-_turned.defvjp(
-    lambda x, angle: (_turn(x, angle, 1), angle),
-    lambda angle, cotangent: (_turn(cotangent, angle, -1), None),
+_rotate.defvjp(
+    lambda x, angle: (_rotate_by(x, angle, 1), angle),
+    lambda angle, cotangent: (_rotate_by(cotangent, angle, -1), None),
 )
 
 

@@ -1,4 +1,7 @@
-"""The router of Grouped Query Experts (paper.md, steps 3 and 5, and Losses): pure functions."""
+"""The router of Grouped Query Experts and its losses: pure functions, float32.
+
+The equations are those of `gqe_jax/model/attention.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +11,14 @@ from jaxtyping import Array, Float, Int
 def router_probabilities(
     logits: Float[Array, "batch length group expert"],
 ) -> Float[Array, "batch length group expert"]:
-    """Softmax inside each group, before selection, in float32 (step 3)."""
+    """Softmax inside each group, before selection, in float32 (3)."""
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
 def select_top_k(
     probs: Float[Array, "batch length group expert"], top_k: int
 ) -> tuple[Int[Array, "batch length group k"], Float[Array, "batch length group k"]]:
-    """The k most probable experts of each group, by rank, and their probabilities (step 3).
+    """The k most probable experts of each group, by rank, and their probabilities (3).
 
     Ties go to the lower index. The indices carry no gradient; the probabilities do.
     """
@@ -26,7 +29,7 @@ def select_top_k(
 def slot_weights(
     selected: Float[Array, "batch length group k"],
 ) -> Float[Array, "batch length group k"]:
-    """Weights of the weighted slot: one normalisation over all groups and ranks (step 5)."""
+    """Weights of the weighted slot: one normalisation over all groups and ranks (5)."""
     total = jnp.sum(selected, axis=(-2, -1), keepdims=True)
     return selected / jnp.maximum(total, 1e-9)
 
@@ -43,7 +46,7 @@ def expert_load(
     experts_per_group: int,
     is_token: Float[Array, "batch length"],
 ) -> Float[Array, "group expert"]:
-    """f: the share of tokens that selected each expert; it sums to k in a group."""
+    """The share of tokens that selected each expert; it sums to k in a group."""
     selected = jax.nn.one_hot(expert_index, experts_per_group, dtype=jnp.float32).sum(axis=-2)
     return _token_mean(selected, is_token)
 
@@ -53,9 +56,10 @@ def load_balancing_loss(
     load: Float[Array, "group expert"],
     is_token: Float[Array, "batch length"],
 ) -> Float[Array, ""]:
-    """Switch's loss, M · sum over m of f[m] · P[m], mean over groups (paper.md, Losses).
+    """Switch's loss, M · sum over m of f[m] · P[m], mean over groups: the authors' published code.
 
-    Uniform top-1 routing gives 1. `load` is a count: the gradient flows through `probs`.
+    f[m] is `load`, P[m] the mean probability of expert m over the tokens of the global batch.
+    Uniform top-1 routing gives 1. The gradient flows through `probs` alone.
     """
     mean_prob = _token_mean(probs, is_token)
     experts_per_group = probs.shape[-1]

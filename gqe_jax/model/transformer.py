@@ -11,8 +11,10 @@ from gqe_jax.config import ModelConfig
 from gqe_jax.model.attention import AttentionAux, make_attention
 from gqe_jax.model.cache import KVCache
 from gqe_jax.model.layers import SwiGLU, embedding, rms_norm
+from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
+from gqe_kernels import Attention, Implementation, get_attention
 
 _REMAT_POLICY = {
     "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -23,7 +25,9 @@ _REMAT_POLICY = {
 class DecoderBlock(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, implementation: Implementation | None = None, rngs: nnx.Rngs
+    ):
         dtype = jnp.dtype(config.dtype)
         norm = {"epsilon": config.norm_epsilon, "dtype": dtype, "rngs": rngs}
         self.attention_norm = rms_norm(config.embed_dim, **norm)
@@ -37,21 +41,21 @@ class DecoderBlock(nnx.Module):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        positions: Int[Array, "batch length"] | None,
-        segment_ids: Int[Array, "batch length"] | None,
-        cache: KVCache | None,
+        attention: Attention,
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
         return_routing: bool = False,
-        zigzag: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
-        attended, aux, cache = self.attention(
+        slots, aux, cache = self.attention.slots(
             self.attention_norm(x),
+            attention=attention,
             positions=positions,
             segment_ids=segment_ids,
             cache=cache,
             return_routing=return_routing,
-            zigzag=zigzag,
         )
-        x = constrain(x + attended, "batch", "sequence", None)
+        x = constrain(x + self.attention.out(slots), "batch", "sequence", None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
 
 
@@ -60,13 +64,16 @@ class Transformer(nnx.Module):
 
     Args:
       config: the geometry, dtype and remat policy.
-      implementation: of the attention kernel; None: the best for the platform.
+      implementation: as in `gqe_kernels.routed_attention`; None: the best for the platform.
       rngs: source of the initial parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, implementation: Implementation | None = None, rngs: nnx.Rngs
+    ):
         dtype = jnp.dtype(config.dtype)
         self.config = config
+        self.implementation = get_attention(implementation)
         table = {"std": config.embedding_init_std, "dtype": dtype, "rngs": rngs}
         self.embedding = embedding(config.vocab_size, config.embed_dim, **table)
         if not config.tied_embedding:
@@ -109,10 +116,19 @@ class Transformer(nnx.Module):
             tokens, positions = to_zigzag(tokens), to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
         x = constrain(self.embedding(tokens), "batch", "sequence", None)
-        given = {"positions": positions, "segment_ids": segment_ids, "zigzag": zigzag}
-        given["return_routing"] = return_routing
-        blocks = self._in_turn if isinstance(self.layers, nnx.List) else self._scanned
-        x, aux, cache = blocks(x, cache, **given)
+
+        def block(layer: DecoderBlock, x: Array, cache: KVCache | None):
+            return layer(
+                x,
+                attention=sharded(self.implementation, zigzag=zigzag),
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
+            )
+
+        layers = self._unrolled if isinstance(self.layers, nnx.List) else self._scanned
+        x, aux, cache = layers(block, x, cache)
         if zigzag:
             x = from_zigzag(x)
             routing = {
@@ -123,27 +139,27 @@ class Transformer(nnx.Module):
             aux = dataclasses.replace(aux, **routing)
         return self.final_norm(x), aux, cache
 
-    def _in_turn(self, x, cache, **given):
+    def _unrolled(self, block, x, cache):
         aux, written = [], []
         for i, layer in enumerate(self.layers):
-            x, layer_aux, layer_cache = layer(x, cache=None if cache is None else cache[i], **given)
+            x, layer_aux, layer_cache = block(layer, x, None if cache is None else cache[i])
             aux.append(layer_aux)
             written.append(layer_cache)
         aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
         return x, aux, None if cache is None else written
 
-    def _scanned(self, x, cache, **given):
+    def _scanned(self, block, x, cache):
         graphdef, params = nnx.split(self.layers)
 
-        def block(x, layer):
+        def step(x, layer):
             params, cache = layer
-            x, aux, cache = nnx.merge(graphdef, params)(x, cache=cache, **given)
+            x, aux, cache = block(nnx.merge(graphdef, params), x, cache)
             return x, (aux, cache)
 
         if self.config.remat != "keep_everything":
             policy = _REMAT_POLICY[self.config.remat]
-            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x, (aux, cache) = jax.lax.scan(block, x, (params, cache))
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        x, (aux, cache) = jax.lax.scan(step, x, (params, cache))
         return x, aux, cache
 
     @property

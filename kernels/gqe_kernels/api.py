@@ -1,57 +1,33 @@
-"""`routed_attention` and `dense_attention`: the functions people call."""
+"""`routed_attention` and `dense_attention`, the functions people call, and the choice of kernel."""
 
 import functools
 import logging
-import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
-from gqe_kernels.pieces import by_pieces
-
-Implementation = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu", "cudnn"]
+from gqe_kernels.contract import (
+    Attention,
+    Implementation,
+    ImplementationName,
+    Mask,
+    Routed,
+    Slots,
+    check,
+    default_scale,
+    make_mask,
+)
 
 _logger = logging.getLogger(__name__)
-
-
-def _on_hopper(name: str) -> Callable[..., Array]:
-    """A function of `gqe_kernels.pallas_gpu`, which imports Mosaic GPU when it is first called."""
-
-    def call(*operands: Array | None, **masking: Any) -> Array:
-        from gqe_kernels import pallas_gpu
-
-        return getattr(pallas_gpu, name)(*operands, **masking)
-
-    return by_pieces(call)
-
-
-_ROUTED = {
-    "reference": by_pieces(reference.routed_attention),
-    "xla": by_pieces(xla.routed_attention),
-    "decode": by_pieces(decode.routed_attention),
-    "pallas_tpu": pallas_tpu.routed_attention,
-    "pallas_gpu": _on_hopper("routed_attention"),
-    "cudnn": cudnn.routed_attention,
-}
-_DENSE = {
-    "reference": by_pieces(reference.dense_attention),
-    "xla": by_pieces(xla.dense_attention),
-    "decode": by_pieces(decode.dense_attention),
-    "pallas_tpu": pallas_tpu.dense_attention,
-    "pallas_gpu": _on_hopper("dense_attention"),
-    "cudnn": cudnn.dense_attention,
-}
 
 
 def routed_attention(
     query: Float[Array, "batch q_len group expert head_dim"],
     key: Float[Array, "batch kv_len group head_dim"],
     value: Float[Array, "batch kv_len group head_dim"],
-    expert_index: Int[Array, "batch q_len group k"],
+    expert_index: Int[Array, "batch q_len group k"] | None,
     slot_weight: Float[Array, "batch q_len group k"] | None = None,
     shared_query: Float[Array, "batch q_len head_dim"] | None = None,
     shared_key: Float[Array, "batch kv_len head_dim"] | None = None,
@@ -64,32 +40,33 @@ def routed_attention(
     q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
-    """Attention of the selected query experts: the slots of a GQE layer, before W_O.
+    """The slots of a GQE layer before W_O: attention of the query experts that each token selected.
 
     Source: Grouped Query Experts, arXiv 2606.20945; the hard, weighted and shared slots, in this
     order, `k * group + weighted + shared` of them.
 
     Args:
-      query: the queries of all experts, rotary embedding applied.
+      query: the queries of all experts, after RoPE.
       key, value: one head for each group.
       expert_index: the experts that each token selected in each group, by rank; all of a token's
-        indices in a group differ.
-      slot_weight: the factor of each selected expert in the weighted slot; None: no such slot.
+        indices in a group differ. None: every expert, as in `dense_attention`.
+      slot_weight: the weight of each selected expert in the weighted slot; None: no such slot.
       shared_query: the query of the always-on head; None: no such slot.
-      shared_key, shared_value: what the shared head reads; None: the mean over the groups.
+      shared_key, shared_value: what the shared head attends to; None: the mean over the groups.
       scale: the factor of the logits; None: 1 / sqrt(head_dim).
       causal: query t sees the keys up to position t + q_offset.
       q_segment_ids, kv_segment_ids: tokens see only their own segment. Id 0 is padding: its rows
         are zero and get no gradient. Both or neither.
       q_offset: the position of the first query among the keys, one or one for each row of the
-        batch: chunked prefill and decoding. [batch, piece]: the queries are so many pieces of one
-        length, each at its own position, in ascending order: a part of a longer sequence.
+        batch: chunked prefill and decoding. [batch, piece]: the queries are that many pieces of
+        equal length, each at its own position, in ascending order: a part of a longer sequence.
       implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
-        (whole logits; keys and values are read once), "pallas_tpu" (a TPU kernel), "pallas_gpu" (a
-        kernel for Hopper GPUs, by name only: no GPU has run it yet) or "cudnn" (the heads that are
-        selected, through `jax.nn.dot_product_attention`). None: "decode" for a single query; else,
-        when lowered for TPU, "pallas_tpu", and for CUDA, "cudnn", where they take the arguments;
-        "xla" otherwise, which on a GPU is logged, once for each reason.
+        (whole logits; reads keys and values once), "pallas_tpu" (a TPU kernel), "pallas_gpu" (a
+        kernel for Hopper GPUs, by name only: no GPU has run it yet) or "cudnn" (the selected
+        heads, through `jax.nn.dot_product_attention`); or a function of the contract
+        (`gqe_kernels.contract`), such as `functools.partial(pallas_tpu.attention, blocks=...)`.
+        None: "decode" for a single query; else, when lowered for TPU, "pallas_tpu", and for CUDA,
+        "cudnn", where they take the arguments; "xla" otherwise, which on a GPU logs the reason.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -106,57 +83,19 @@ def routed_attention(
     >>> routed_attention(query, key, value, expert_index).shape
     (1, 6, 4, 8)
     """
-    batch, q_len, group, _, head_dim = _check_qkv(query, key, value)
-    kv_len = key.shape[1]
-    if expert_index.ndim != 4 or expert_index.shape[:3] != (batch, q_len, group):
-        raise ValueError(
-            f"expert_index has shape {expert_index.shape}; query {query.shape} needs "
-            f"[{batch}, {q_len}, {group}, k]"
-        )
-    if not jnp.issubdtype(expert_index.dtype, jnp.integer):
-        raise ValueError(f"expert_index has dtype {expert_index.dtype}; it must be an integer type")
-    if not 1 <= expert_index.shape[3] <= query.shape[3]:
-        raise ValueError(
-            f"expert_index selects k = {expert_index.shape[3]} experts of the {query.shape[3]} "
-            "in a group; k must be between 1 and the number of experts"
-        )
-    if slot_weight is not None:
-        _check_shape("slot_weight", slot_weight, expert_index.shape)
-    if (shared_key is None) != (shared_value is None):
-        raise ValueError("shared_key and shared_value must be given together")
-    if shared_query is not None:
-        _check_shape("shared_query", shared_query, (batch, q_len, head_dim))
-    elif shared_key is not None:
-        raise ValueError("shared_key and shared_value were given without a shared_query")
-    if shared_key is not None:
-        _check_shape("shared_key", shared_key, (batch, kv_len, head_dim))
-        _check_shape("shared_value", shared_value, (batch, kv_len, head_dim))
-    masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
-    operands = (
-        query,
-        key,
-        value,
-        expert_index,
-        slot_weight,
-        shared_query,
-        shared_key,
-        shared_value,
+    routed = Routed(
+        query, key, value, expert_index, slot_weight, shared_query, shared_key, shared_value
     )
-    if implementation is None and q_len == 1:
-        implementation = "decode"
-    if implementation is not None:
-        _check_implementation(implementation, Implementation)
-        return _ROUTED[implementation](*operands, **masking)
-    by_platform = {"default": _ROUTED["xla"]}
-    reason = pallas_tpu.unsupported(
-        query, key, expert_index, slot_weight, shared_query, q_offset=q_offset
+    check(routed)
+    mask = make_mask(
+        routed,
+        causal=causal,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
     )
-    if reason is None:
-        by_platform["tpu"] = pallas_tpu.routed_attention
-    if _by_cudnn("routed_attention", query, key, masking):
-        by_platform["cuda"] = cudnn.routed_attention
-    bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
-    return jax.lax.platform_dependent(*operands, **bound)
+    scale = default_scale(query.shape[-1]) if scale is None else scale
+    return get_attention(implementation)(routed, mask, scale)
 
 
 def dense_attention(
@@ -174,12 +113,10 @@ def dense_attention(
     """Grouped-query attention of all heads: the baseline, on the best kernel of each platform.
 
     Args:
-      query: the queries of every head, by group, rotary embedding applied.
+      query: the queries of every head, by group, after RoPE.
       key, value: one head for each group.
       scale, causal, q_segment_ids, kv_segment_ids, q_offset: as in `routed_attention`.
-      implementation: "reference", "xla" (linear memory), "decode" (whole logits), "pallas_tpu" (the
-        routed kernel with every expert chosen), "pallas_gpu" (as for `routed_attention`) or "cudnn"
-        (through `jax.nn.dot_product_attention`). None: as for `routed_attention`.
+      implementation: as in `routed_attention`; every implementation takes all heads, too.
 
     Returns:
       One slot a head, group-major, in the dtype of `query`.
@@ -188,89 +125,83 @@ def dense_attention(
       ValueError: an argument's shape or dtype does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not take an argument.
     """
-    _check_qkv(query, key, value)
-    masking = _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset)
-    if implementation is None and query.shape[1] == 1:
-        implementation = "decode"
-    if implementation is not None:
-        _check_implementation(implementation, Implementation)
-        return _DENSE[implementation](query, key, value, **masking)
-    by_platform = {"default": _DENSE["xla"]}
-    if pallas_tpu.dense_unsupported(query, key, q_offset=q_offset) is None:
-        by_platform["tpu"] = pallas_tpu.dense_attention
-    if _by_cudnn("dense_attention", query, key, masking):
-        by_platform["cuda"] = cudnn.dense_attention
-    bound = {name: functools.partial(f, **masking) for name, f in by_platform.items()}
-    return jax.lax.platform_dependent(query, key, value, **bound)
+    return routed_attention(
+        query,
+        key,
+        value,
+        None,
+        scale=scale,
+        causal=causal,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
+        implementation=implementation,
+    )
 
 
-def _by_cudnn(name: str, query, key, masking) -> bool:
-    """Whether cuDNN can be called; on a GPU, why not is said."""
-    if not cudnn.available():
-        return False
-    reason = cudnn.unsupported(query, key, **masking)
-    if reason is not None:
-        _say_once(f"{name} on a GPU is by implementation='xla': 'cudnn' does not take {reason}")
-    return reason is None
+def get_attention(implementation: Implementation | None = None) -> Attention:
+    """The function of the contract that `implementation` names or is; None: `best_attention`.
+
+    Raises:
+      ValueError: there is no implementation of this name.
+    """
+    if implementation is None:
+        return best_attention
+    if callable(implementation):
+        return implementation
+    if implementation not in _IMPLEMENTATIONS:
+        names = ", ".join(repr(name) for name in get_args(ImplementationName))
+        raise ValueError(f"implementation is {implementation!r}; it must be one of None, {names}")
+    return _IMPLEMENTATIONS[implementation]
+
+
+def best_attention(routed: Routed, mask: Mask, scale: float) -> Slots:
+    """The implementation that suits the arguments and the platform that is lowered for."""
+    if routed.query.shape[1] == 1:
+        return decode.attention(routed, mask, scale)
+    has_gpu = any(device.platform == "gpu" for device in jax.devices())
+    by_platform = {
+        platform: functools.partial(lambda attention, routed: attention(routed, mask, scale), found)
+        for platform, found in attention_by_platform(routed, mask, has_gpu=has_gpu).items()
+    }
+    return jax.lax.platform_dependent(routed, **by_platform)
+
+
+def attention_by_platform(routed: Routed, mask: Mask, *, has_gpu: bool) -> dict[str, Attention]:
+    """The implementation for each platform, and "default" for the others.
+
+    Args:
+      has_gpu: whether this process has a GPU: JAX asks cuDNN for its version while tracing. Why a
+        GPU does without cuDNN is logged, once for each reason.
+    """
+    found: dict[str, Attention] = {"default": xla.attention}
+    if pallas_tpu.unsupported(routed, mask) is None:
+        found["tpu"] = pallas_tpu.attention
+    if has_gpu:
+        reason = cudnn.unsupported(routed.query, mask)
+        if reason is None:
+            found["cuda"] = cudnn.attention
+        else:
+            _warn_once(f"attention on a GPU uses 'xla', for 'cudnn' does not take {reason}")
+    return found
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-def _check_qkv(query, key, value) -> tuple[int, ...]:
-    if query.ndim != 5:
-        raise ValueError(
-            f"query has shape {query.shape}; it must be [batch, q_len, group, expert, head_dim]"
-        )
-    batch, _, group, _, head_dim = query.shape
-    if key.ndim != 4 or (key.shape[0], *key.shape[2:]) != (batch, group, head_dim):
-        raise ValueError(
-            f"key has shape {key.shape}; query {query.shape} needs "
-            f"[{batch}, kv_len, {group}, {head_dim}]"
-        )
-    _check_shape("value", value, key.shape)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating type")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}; "
-            "they must be one"
-        )
-    return query.shape
+def _pallas_gpu(routed: Routed, mask: Mask, scale: float) -> Slots:
+    from gqe_kernels import pallas_gpu  # imports Mosaic GPU
+
+    return pallas_gpu.attention(routed, mask, scale)
 
 
-def _check_masking(query, key, scale, causal, q_segment_ids, kv_segment_ids, q_offset) -> dict:
-    batch, q_len = query.shape[:2]
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError("q_segment_ids and kv_segment_ids must be given together")
-    if q_segment_ids is not None:
-        _check_shape("q_segment_ids", q_segment_ids, (batch, q_len))
-        _check_shape("kv_segment_ids", kv_segment_ids, (batch, key.shape[1]))
-    shape = jnp.shape(q_offset)
-    pieces = shape[1] if len(shape) == 2 else 1
-    if shape not in ((), (batch,), (batch, pieces)) or pieces < 1 or q_len % pieces:
-        raise ValueError(
-            f"q_offset has shape {shape}; it must be a scalar, [{batch}], or [{batch}, piece] with "
-            f"pieces into which the {q_len} queries divide"
-        )
-    return {
-        "scale": 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        "causal": causal,
-        "q_segment_ids": q_segment_ids,
-        "kv_segment_ids": kv_segment_ids,
-        "q_offset": q_offset,
-    }
-
-
-def _check_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}; it must be {shape}")
-
-
-def _check_implementation(implementation: str, known) -> None:
-    if implementation not in get_args(known):
-        names = ", ".join(repr(name) for name in get_args(known))
-        raise ValueError(f"implementation is {implementation!r}; it must be one of None, {names}")
+_IMPLEMENTATIONS: dict[str, Attention] = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+    "decode": decode.attention,
+    "pallas_tpu": pallas_tpu.attention,
+    "pallas_gpu": _pallas_gpu,
+    "cudnn": cudnn.attention,
+}

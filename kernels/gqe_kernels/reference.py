@@ -1,4 +1,4 @@
-"""The semantics of the kernels in plain float32 JAX: the oracle of every other implementation."""
+"""The semantics of the contract in plain float32 JAX: the oracle of every other implementation."""
 
 from collections.abc import Callable
 
@@ -6,53 +6,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Attend = Callable[..., Float[Array, "batch q_len group head head_dim"]]
+from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
+
+Heads = Float[Array, "batch q_len group head head_dim"]
+Keys = Float[Array, "batch kv_len group head_dim"]
+Attend = Callable[[Heads, Keys, Keys, Mask, float], Heads]
 
 
-def attention_mask(
-    q_len: int,
-    kv_len: int,
-    *,
-    causal: bool,
-    q_segment_ids: Int[Array, "batch q_len"] | None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
-) -> Bool[Array, "#batch q_len kv_len"]:
-    """Which keys each query may read: none later, and only its own segment's; id 0 is padding."""
-    visible = jnp.ones((1, q_len, kv_len), bool)
-    if causal:
-        position = jnp.arange(q_len) + jnp.reshape(jnp.asarray(q_offset), (-1, 1))
-        visible &= jnp.arange(kv_len) <= position[:, :, None]
-    if q_segment_ids is not None:
-        same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-        visible = visible & same & (q_segment_ids != 0)[:, :, None]
-    return visible
+def visible(mask: Mask, q_len: int, kv_len: int) -> Bool[Array, "#batch 1 1 q_len kv_len"]:
+    """Which keys each query sees, for queries in one piece; broadcasts over groups and heads."""
+    seen = jnp.ones((1, q_len, kv_len), bool)
+    if mask.causal:
+        position = jnp.asarray(mask.offsets) + jnp.arange(q_len)
+        seen &= jnp.arange(kv_len) <= position[:, :, None]
+    if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
+        same = mask.q_segment_ids[:, :, None] == mask.kv_segment_ids[:, None, :]
+        seen = seen & same & (mask.q_segment_ids != 0)[:, :, None]
+    return seen[:, None, None]
 
 
-def attend(
-    query: Float[Array, "batch q_len group head head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    *,
-    scale: float,
-    causal: bool,
-    q_segment_ids: Int[Array, "batch q_len"] | None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
-) -> Float[Array, "batch q_len group head head_dim"]:
-    """Softmax attention of every head to its group; a row that sees nothing is zero."""
+def attend(query: Heads, key: Keys, value: Keys, mask: Mask, scale: float) -> Heads:
+    """Softmax attention of every head to the key and value of its group."""
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    mask = attention_mask(
-        query.shape[1],
-        key.shape[1],
-        causal=causal,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        q_offset=q_offset,
-    )[:, None, None]
     high = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("btghd,bsgd->bghts", query, key, precision=high) * scale
-    weights = masked_softmax(logits, mask)
+    weights = masked_softmax(logits, visible(mask, query.shape[1], key.shape[1]))
     return jnp.einsum("bghts,bsgd->btghd", weights, value, precision=high)
 
 
@@ -60,7 +38,7 @@ def masked_softmax(
     logits: Float[Array, "batch group head q_len kv_len"],
     mask: Bool[Array, "#batch #group #head q_len kv_len"],
 ) -> Float[Array, "batch group head q_len kv_len"]:
-    """Softmax over the visible keys; a row that sees nothing is zero."""
+    """Softmax over the visible keys; a row that sees none is zero."""
     row_max = jax.lax.stop_gradient(
         jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30)
     )
@@ -71,46 +49,48 @@ def masked_softmax(
 
 def select_experts(
     query: Float[Array, "batch q_len group expert head_dim"],
-    expert_index: Int[Array, "batch q_len group k"],
+    expert_index: Int[Array, "batch q_len group k"] | None,
 ) -> Float[Array, "batch q_len group k head_dim"]:
-    """The queries of the selected experts, by masking, so that its transpose is no scatter."""
+    """The queries of the selected experts; by a mask, so that its transpose is not a scatter."""
+    if expert_index is None:
+        return query
     chosen = expert_index[..., None] == jnp.arange(query.shape[3])
     return jnp.sum(jnp.where(chosen[..., None], query[:, :, :, None], 0), axis=-2)
 
 
 def mean_over_groups(
-    x: Float[Array, "batch kv_len group head_dim"],
+    x: Float[Array, "batch kv_len group head_dim"], axis_names: tuple[str, ...] | None = None
 ) -> Float[Array, "batch kv_len head_dim"]:
-    """What the shared head reads (paper.md, step 4), of keys or values; summed in float32."""
-    return jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype)
+    """The keys or values that the shared head attends to; summed in float32.
+
+    A sum of slices of the flat array: for a reduction XLA:TPU copies all of `x` into another
+    layout.
+
+    Args:
+      axis_names: mesh axes over which the groups are sharded, inside `shard_map`.
+    """
+    group, head_dim = x.shape[2:]
+    flat = x.reshape(*x.shape[:2], -1)
+    heads = [flat[:, :, g * head_dim : (g + 1) * head_dim] for g in range(group)]
+    mean = sum(head.astype(jnp.float32) for head in heads) / group
+    return (jax.lax.pmean(mean, axis_names) if axis_names else mean).astype(x.dtype)
 
 
-def routed_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    expert_index: Int[Array, "batch q_len group k"],
-    slot_weight: Float[Array, "batch q_len group k"] | None,
-    shared_query: Float[Array, "batch q_len head_dim"] | None,
-    shared_key: Float[Array, "batch kv_len head_dim"] | None,
-    shared_value: Float[Array, "batch kv_len head_dim"] | None,
-    *,
-    attend: Attend = attend,
-    **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """The slots of the layer (paper.md, steps 4 and 5); `attend` does the attention itself."""
-    hard = attend(select_experts(query, expert_index), key, value, **masking)
+def attention(routed: Routed, mask: Mask, scale: float, *, attend: Attend = attend) -> Slots:
+    """The slots, with `attend` for the attention itself."""
+    if mask.pieces > 1:
+        pieces = (attention(*piece, scale, attend=attend) for piece in split_pieces(routed, mask))
+        return jnp.concatenate(list(pieces), axis=1)
+    selected = select_experts(routed.query, routed.expert_index)
+    hard = attend(selected, routed.key, routed.value, mask, scale)
     shared = None
-    if shared_query is not None:
-        if shared_key is None:
-            shared_key, shared_value = mean_over_groups(key), mean_over_groups(value)
-        shared = attend(
-            shared_query[:, :, None, None],
-            shared_key[:, :, None],
-            shared_value[:, :, None],
-            **masking,
-        )[:, :, 0, 0]
-    return concatenate_slots(hard, slot_weight, shared, query.dtype)
+    if routed.shared_query is not None:
+        key, value = routed.shared_key, routed.shared_value
+        if routed.takes_mean:
+            key, value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+        query = routed.shared_query[:, :, None, None]
+        shared = attend(query, key[:, :, None], value[:, :, None], mask, scale)[:, :, 0, 0]
+    return concatenate_slots(hard, routed.slot_weight, shared, routed.query.dtype)
 
 
 def concatenate_slots(
@@ -118,8 +98,8 @@ def concatenate_slots(
     slot_weight: Float[Array, "batch q_len group k"] | None,
     shared: Float[Array, "batch q_len head_dim"] | None,
     dtype: jnp.dtype,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """Hard, weighted and shared slots, those there are, in the order of W_O (step 5)."""
+) -> Slots:
+    """The hard, weighted and shared slots, where there are such, in the order of W_O."""
     batch, q_len, *_, head_dim = hard.shape
     slots = [hard.reshape(batch, q_len, -1, head_dim)]
     if slot_weight is not None:
@@ -130,17 +110,3 @@ def concatenate_slots(
     if shared is not None:
         slots.append(shared[:, :, None])
     return jnp.concatenate([slot.astype(dtype) for slot in slots], axis=2)
-
-
-def dense_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    *,
-    attend: Attend = attend,
-    **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """Grouped-query attention of all heads: the baseline."""
-    batch, q_len, *_, head_dim = query.shape
-    out = attend(query, key, value, **masking)
-    return out.reshape(batch, q_len, -1, head_dim).astype(query.dtype)

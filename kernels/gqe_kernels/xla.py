@@ -11,72 +11,56 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from gqe_kernels import reference
+from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.reference import Heads, Keys
 
 MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSizes:
+class XlaBlocks:
     """Rows of queries and of keys in one tile of logits."""
 
     q: int = 512
     kv: int = 512
 
 
-class _Masking(NamedTuple):
-    """Positions and segments of the padded sequences; a None is a test left out."""
-
-    q_position: Int[Array, "#batch q_len"] | None
-    q_segment: Int[Array, "batch q_len"] | None
-    kv_segment: Int[Array, "batch kv_len"] | None
-
-
 class _Tiling(NamedTuple):
     scale: float
-    causal: bool
-    blocks: BlockSizes
+    blocks: XlaBlocks
     kv_len: int  # keys before padding
 
 
-def attend(
-    query: Float[Array, "batch q_len group head head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    *,
-    scale: float,
-    causal: bool,
-    q_segment_ids: Int[Array, "batch q_len"] | None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
-    block_sizes: BlockSizes | None = None,
-) -> Float[Array, "batch q_len group head head_dim"]:
-    """As `reference.attend`: operands in their own dtype, float32 softmax and accumulation."""
-    q_len, kv_len = query.shape[1], key.shape[1]
-    blocks = block_sizes or BlockSizes()
-    blocks = BlockSizes(min(blocks.q, q_len), min(blocks.kv, kv_len))
-    q_pad, kv_pad = -q_len % blocks.q, -kv_len % blocks.kv
+def attention(
+    routed: Routed, mask: Mask, scale: float, *, blocks: XlaBlocks = XlaBlocks()
+) -> Slots:
+    """The slots, in memory linear in the length."""
+    in_blocks = functools.partial(attend, blocks=blocks)
+    return reference.attention(routed, mask, scale, attend=in_blocks)
 
-    masking = _Masking(None, None, None)
-    if causal:
-        start = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1))
-        masking = masking._replace(q_position=start + jnp.arange(q_len + q_pad, dtype=jnp.int32))
-    if q_segment_ids is not None:
-        masking = masking._replace(
-            q_segment=jnp.pad(q_segment_ids, ((0, 0), (0, q_pad))),
-            kv_segment=jnp.pad(kv_segment_ids, ((0, 0), (0, kv_pad))),
-        )
-    pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n)) + ((0, 0),) * (x.ndim - 2)) if n else x  # noqa: E731
+
+def attend(
+    query: Heads, key: Keys, value: Keys, mask: Mask, scale: float, *, blocks: XlaBlocks
+) -> Heads:
+    """Softmax attention with operands in their own dtype, and float32 softmax and accumulation."""
+    q_len, kv_len = query.shape[1], key.shape[1]
+    blocks = XlaBlocks(min(blocks.q, q_len), min(blocks.kv, kv_len))
+    pad_q = functools.partial(_pad, rows=-q_len % blocks.q)
+    pad_kv = functools.partial(_pad, rows=-kv_len % blocks.kv)
     out = _flash(
-        _Tiling(scale, causal, blocks, kv_len),
-        jnp.transpose(pad(query, q_pad), (0, 2, 3, 1, 4)),
-        jnp.transpose(pad(key, kv_pad), (0, 2, 1, 3)),
-        jnp.transpose(pad(value, kv_pad), (0, 2, 1, 3)),
-        masking,
+        _Tiling(scale, blocks, kv_len),
+        jnp.transpose(pad_q(query), (0, 2, 3, 1, 4)),
+        jnp.transpose(pad_kv(key), (0, 2, 1, 3)),
+        jnp.transpose(pad_kv(value), (0, 2, 1, 3)),
+        mask.map_queries(pad_q).map_keys(pad_kv),
     )
     return jnp.transpose(out, (0, 3, 1, 2, 4))[:, :q_len]
+
+
+def _pad(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2)) if rows else x
 
 
 # Inside, heads stand before length: query [batch, group, head, q_len, head_dim], key and value
@@ -87,56 +71,62 @@ def _block(x, index, size, axis):
     return lax.dynamic_slice_in_dim(x, index * size, size, axis)
 
 
-def _mask(tiling, masking, i, j, padded_kv_len):
+def _positions(tiling, mask, i):
+    """The positions among the keys of the queries of block i: [1 or batch, q]."""
+    in_block = i * tiling.blocks.q + jnp.arange(tiling.blocks.q, dtype=jnp.int32)
+    return mask.offsets + in_block
+
+
+def _visible(tiling, mask, i, j, padded_kv_len):
     """Mask of tile (i, j), broadcastable to [batch, group, head, q, kv]; None: all is visible."""
     kv_index = j * tiling.blocks.kv + jnp.arange(tiling.blocks.kv, dtype=jnp.int32)
     tests = []
-    if masking.q_position is not None:
-        tests.append(kv_index <= _block(masking.q_position, i, tiling.blocks.q, 1)[:, :, None])
-    if masking.q_segment is not None:
-        q_segment = _block(masking.q_segment, i, tiling.blocks.q, 1)[:, :, None]
-        kv_segment = _block(masking.kv_segment, j, tiling.blocks.kv, 1)[:, None, :]
+    if mask.causal:
+        tests.append(kv_index <= _positions(tiling, mask, i)[:, :, None])
+    if mask.q_segment_ids is not None:
+        q_segment = _block(mask.q_segment_ids, i, tiling.blocks.q, 1)[:, :, None]
+        kv_segment = _block(mask.kv_segment_ids, j, tiling.blocks.kv, 1)[:, None, :]
         tests.append((q_segment == kv_segment) & (q_segment != 0))
     if padded_kv_len != tiling.kv_len:
         tests.append((kv_index < tiling.kv_len)[None, None])
     return functools.reduce(jnp.logical_and, tests)[:, None, None] if tests else None
 
 
-def _logits(tiling, query, key, mask):
+def _logits(tiling, query, key, visible):
     logits = tiling.scale * jnp.einsum(
         "bghqd,bgkd->bghqk", query, key, preferred_element_type=jnp.float32
     )
-    return logits if mask is None else jnp.where(mask, logits, MASKED)
+    return logits if visible is None else jnp.where(visible, logits, MASKED)
 
 
-def _probabilities(logits, row, mask):
+def _probabilities(logits, row, visible):
     """exp(logits - row), zero where masked: a row that sees nothing must not become uniform."""
     weights = jnp.exp(logits - row[..., None])
-    return weights if mask is None else jnp.where(mask, weights, 0.0)
+    return weights if visible is None else jnp.where(visible, weights, 0.0)
 
 
-def _last_kv_block(tiling, masking, i, num_kv):
+def _last_kv_block(tiling, mask, i, num_kv):
     """One past the last block of keys that some row of query block i sees."""
-    if not tiling.causal or num_kv == 1:
+    if not mask.causal or num_kv == 1:
         return num_kv
-    position = jnp.max(_block(masking.q_position, i, tiling.blocks.q, 1))
+    position = jnp.max(_positions(tiling, mask, i))
     return jnp.clip(position // tiling.blocks.kv + 1, 0, num_kv)
 
 
-def _first_q_block(tiling, masking, j, num_q):
+def _first_q_block(tiling, mask, j, num_q):
     """The first block of queries in which some row sees key block j."""
-    if not tiling.causal or num_q == 1:
+    if not mask.causal or num_q == 1:
         return 0
-    offset = jnp.max(masking.q_position[:, 0])
+    offset = jnp.max(_positions(tiling, mask, 0)[:, 0])
     return jnp.clip((j * tiling.blocks.kv - offset) // tiling.blocks.q, 0, num_q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(tiling, query, key, value, masking):
-    return _flash_forward(tiling, query, key, value, masking)[0]
+def _flash(tiling, query, key, value, mask):
+    return _flash_forward(tiling, query, key, value, mask)[0]
 
 
-def _flash_forward(tiling, query, key, value, masking):
+def _flash_forward(tiling, query, key, value, mask):
     size = tiling.blocks
     num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
 
@@ -145,10 +135,10 @@ def _flash_forward(tiling, query, key, value, masking):
 
         def tile(j, carry):
             acc, row_max, row_sum = carry
-            mask = _mask(tiling, masking, i, j, key.shape[2])
-            logits = _logits(tiling, query_i, _block(key, j, size.kv, 2), mask)
+            visible = _visible(tiling, mask, i, j, key.shape[2])
+            logits = _logits(tiling, query_i, _block(key, j, size.kv, 2), visible)
             new_max = jnp.maximum(row_max, jnp.max(logits, axis=-1))
-            weights = _probabilities(logits, new_max, mask)
+            weights = _probabilities(logits, new_max, visible)
             rescale = jnp.exp(row_max - new_max)
             value_j = _block(value, j, size.kv, 2)
             acc = acc * rescale[..., None] + jnp.einsum(
@@ -165,7 +155,7 @@ def _flash_forward(tiling, query, key, value, masking):
             jnp.full(rows, MASKED, jnp.float32),
             jnp.zeros(rows, jnp.float32),
         )
-        last = _last_kv_block(tiling, masking, i, num_kv)
+        last = _last_kv_block(tiling, mask, i, num_kv)
         acc, row_max, row_sum = lax.fori_loop(0, last, tile, start)
         out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
         # A row that saw nothing gets a logsumexp that makes every probability of it zero.
@@ -175,11 +165,11 @@ def _flash_forward(tiling, query, key, value, masking):
     out, logsumexp = lax.map(row_of_blocks, jnp.arange(num_q))
     out = jnp.moveaxis(out, 0, 3).reshape(query.shape)
     logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(query.shape[:-1])
-    return out, (query, key, value, masking, out, logsumexp)
+    return out, (query, key, value, mask, out, logsumexp)
 
 
 def _flash_backward(tiling, residuals, d_out):
-    query, key, value, masking, out, logsumexp = residuals
+    query, key, value, mask, out, logsumexp = residuals
     size = tiling.blocks
     num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
     # Row sums of probability × its gradient, by the identity sum_k p dp = out · d_out.
@@ -191,9 +181,9 @@ def _flash_backward(tiling, residuals, d_out):
         def tile(i, carry):
             d_query, d_key_j, d_value_j = carry
             query_i, d_out_i = _block(query, i, size.q, 3), _block(d_out, i, size.q, 3)
-            mask = _mask(tiling, masking, i, j, key.shape[2])
-            logits = _logits(tiling, query_i, key_j, mask)
-            weights = _probabilities(logits, _block(logsumexp, i, size.q, 3), mask)
+            visible = _visible(tiling, mask, i, j, key.shape[2])
+            logits = _logits(tiling, query_i, key_j, visible)
+            weights = _probabilities(logits, _block(logsumexp, i, size.q, 3), visible)
             d_weights = jnp.einsum(
                 "bghqd,bgkd->bghqk", d_out_i, value_j, preferred_element_type=jnp.float32
             )
@@ -215,7 +205,7 @@ def _flash_backward(tiling, residuals, d_out):
             return d_query, d_key_j, d_value_j
 
         zeros = jnp.zeros(key_j.shape, jnp.float32)
-        first = _first_q_block(tiling, masking, j, num_q)
+        first = _first_q_block(tiling, mask, j, num_q)
         d_query, d_key_j, d_value_j = lax.fori_loop(first, num_q, tile, (d_query, zeros, zeros))
         return d_query, (d_key_j.astype(key.dtype), d_value_j.astype(value.dtype))
 
@@ -227,6 +217,3 @@ def _flash_backward(tiling, residuals, d_out):
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
-
-routed_attention = functools.partial(reference.routed_attention, attend=attend)
-dense_attention = functools.partial(reference.dense_attention, attend=attend)

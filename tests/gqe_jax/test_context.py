@@ -11,12 +11,12 @@ from flax import nnx
 
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
 from gqe_jax.model.attention import make_attention
-from gqe_jax.model.sharded_attention import sharded_routed_attention
+from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.model.zigzag import from_zigzag, to_zigzag
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, make_mesh, on_mesh
 from gqe_jax.training.steps import Batch, gradients, make_steps
-from gqe_kernels import routed_attention
+from gqe_kernels import get_attention, routed_attention
 
 LENGTH = 64
 ATTENTION = AttentionConfig(embed_dim=32, num_query_experts=8, num_kv_heads=4)
@@ -137,24 +137,19 @@ def test_a_layer_alone_takes_sequences_in_natural_order(length):
 def test_every_head_is_masked_as_the_call_says(masking):
     rng = np.random.default_rng(0)
     shapes = {"query": (4, 2, 8), "key": (4, 8), "value": (4, 8), "shared_query": (8,)}
-    arguments = {
+    arrays = {
         name: jnp.float32(rng.standard_normal((2, 16, *shape))) for name, shape in shapes.items()
     }
-    arguments |= {
-        "expert_index": jnp.asarray(rng.integers(0, 2, (2, 16, 4, 1))),
-        "slot_weight": jnp.float32(rng.random((2, 16, 4, 1))),
-        "shared_key": None,
-        "shared_value": None,
-        "implementation": "reference",
-    }
+    arrays["expert_index"] = jnp.asarray(rng.integers(0, 2, (2, 16, 4, 1)))
+    arrays["slot_weight"] = jnp.float32(rng.random((2, 16, 4, 1)))
+    on_a_mesh = sharded(get_attention("reference"))
 
-    def sharded(arrays):
-        return sharded_routed_attention(**arguments | arrays, **masking)
+    def call(implementation):
+        return jax.jit(lambda a: routed_attention(**a, **masking, implementation=implementation))
 
-    arrays = {name: x for name, x in arguments.items() if hasattr(x, "ndim")}
     mesh = make_mesh(MeshConfig(data=1, context=2, tensor=4))
-    actual = on_mesh(mesh, jax.jit(sharded))(arrays)
-    np.testing.assert_allclose(actual, routed_attention(**arguments, **masking), atol=1e-5)
+    actual = on_mesh(mesh, call(on_a_mesh))(arrays)
+    np.testing.assert_allclose(actual, call("reference")(arrays), atol=1e-5)
 
 
 def test_a_sequence_that_does_not_divide_is_named():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqe_kernels import dense_attention, routed_attention
+from gqe_kernels import Implementation, dense_attention, routed_attention
 from tests import oracle
 
 
@@ -151,7 +151,7 @@ class RoutedAttentionContract:
     cover the same arguments.
     """
 
-    implementation: str
+    implementation: Implementation
     dtype = jnp.float32  # of the tests that compare with no oracle
     base = Case()
     float32_cases = CASES
@@ -235,7 +235,7 @@ class RoutedAttentionContract:
 class DenseAttentionContract:
     """The dense baseline against the float64 oracle."""
 
-    implementation: str | None
+    implementation: Implementation | None
     cases: tuple[Case, ...] = DENSE_CASES
     dtype = jnp.float32
 

@@ -1,6 +1,7 @@
 """Attention by cuDNN, on a GPU; what is around its calls, anywhere."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_kernels import api, cudnn, dense_attention, routed_attention
+from gqe_kernels import Mask, Routed, api, cudnn, dense_attention, routed_attention
 from tests.gqe_kernels.contract import (
     CASES,
     TOLERANCE,
@@ -47,32 +48,26 @@ class TestOnTheChip(CudnnContract):
 
 
 class TestWithoutAGpu(CudnnContract):
+    implementation = functools.partial(cudnn.attention, backend="xla")
     bfloat16_cases = FEW
 
-    @pytest.fixture(autouse=True)
-    def xla_for_cudnn(self, monkeypatch):
-        attend = jax.nn.dot_product_attention
 
-        def by_xla(*arguments, implementation, **keywords):
-            assert implementation == "cudnn"
-            return attend(*arguments, **keywords, implementation="xla")
-
-        monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-
-
-def test_why_a_gpu_does_not_use_cudnn_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(cudnn, "available", lambda: True)
-    api._say_once.cache_clear()
-    arrays, masking = make_inputs(Case(head_dim=64, segments="packed"))
-    arrays = {n: a if n == "expert_index" else jnp.bfloat16(a) for n, a in arrays.items()}
-    call = jax.eval_shape
+def test_why_a_gpu_does_not_use_cudnn_is_logged_once(caplog):
+    api._warn_once.cache_clear()
+    query, key = jnp.ones((2, 24, 2, 2, 64), jnp.bfloat16), jnp.ones((2, 24, 2, 64), jnp.bfloat16)
+    ids = jnp.ones((2, 24), jnp.int32)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            call(lambda: routed_attention(**arrays, **masking))
+            found = api.attention_by_platform(
+                Routed(query, key, key), Mask(None, ids, ids), has_gpu=True
+            )
+            assert "cuda" not in found
     assert [record.message for record in caplog.records] == [
-        "routed_attention on a GPU is by implementation='xla': 'cudnn' does not take "
-        "q_segment_ids: only as a quadratic mask"
+        "attention on a GPU uses 'xla', for 'cudnn' does not take q_segment_ids: only as a "
+        "quadratic mask"
     ]
+    found = api.attention_by_platform(Routed(query, key, key), Mask(), has_gpu=True)
+    assert found["cuda"] is cudnn.attention
 
 
 @pytest.mark.parametrize(

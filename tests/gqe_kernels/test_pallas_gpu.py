@@ -1,6 +1,7 @@
 """The GPU kernels keep the contract in the interpreter and on a GPU, and compile for an H200."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gqe_kernels import pallas_gpu, routed_attention
+from gqe_kernels import Mask, Routed, pallas_gpu, routed_attention
 from gqe_kernels.pallas_gpu.items import Items, for_each
-from gqe_kernels.pallas_gpu.tables import Masking, Visits, visits
+from gqe_kernels.pallas_gpu.tables import Visits, visits
 from tests import oracle
 from tests.gqe_kernels.contract import (
     CASES,
@@ -31,19 +32,21 @@ TAKEN = tuple(dataclasses.replace(case, head_dim=64) for case in CASES)
 
 @pytest.fixture
 def interpreter():
-    """jax's interpreter, with scratch memory full of NaNs and blocks that it can take."""
+    """JAX's interpreter of Mosaic GPU, with scratch memory full of NaNs."""
     if jax.version.__version_info__ < (0, 12):
         pytest.skip("the interpreter of jax 0.11 wants every phase of a barrier waited for")
-    small = pallas_gpu.BlockSizes(kv=64, programs=2, staged=True)
-    interpreted = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
-    with pallas_gpu.use_block_sizes(small), interpreted:
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
+
+
+# Blocks that the interpreter can take.
+SMALL = pallas_gpu.BlockSizes(kv=64, programs=2, staged=True)
 
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 class TestInterpreted(RoutedAttentionContract):
-    implementation = "pallas_gpu"
+    implementation = functools.partial(pallas_gpu.attention, blocks=SMALL)
     dtype = jnp.bfloat16
     base = Case(batch=1, head_dim=64)
     float32_cases = ()
@@ -60,7 +63,7 @@ class TestInterpreted(RoutedAttentionContract):
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 class TestDenseInterpreted(DenseAttentionContract):
-    implementation = "pallas_gpu"
+    implementation = functools.partial(pallas_gpu.attention, blocks=SMALL)
     dtype = jnp.bfloat16
     cases = (Case(batch=1, q_len=150, expert=3, head_dim=64, segments="packed"),)
 
@@ -155,11 +158,11 @@ def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
         routed_attention(**arrays, **masking, implementation="pallas_gpu")
 
 
-def test_a_gpu_that_is_no_hopper_is_named(monkeypatch):
+def test_a_gpu_that_is_no_hopper_is_named():
     ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
-    monkeypatch.setattr(jax, "devices", lambda: [ampere])
     query, key = jnp.ones((1, 64, 2, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)
-    assert pallas_gpu.unsupported(query, key).startswith("the GPU here: compute capability 8.0")
+    reason = pallas_gpu.unsupported(Routed(query, key, key), device=ampere)
+    assert reason.startswith("the GPU here: compute capability 8.0")
 
 
 def test_block_sizes_are_checked():
@@ -182,8 +185,8 @@ def test_visits_are_what_the_mask_shows(causal, segments, outer):
         ids = np.sort(ids, axis=1) if segments == "ascending" else ids
         ids[:, 230:] = 0
     offset, lengths, rows = np.array([0, 64], np.int32), (250, 250), (64, 32)
-    masking = Masking(jnp.asarray(offset), ids, ids)
-    table = visits(masking, causal=causal, lengths=lengths, rows=rows, outer=outer)
+    mask = Mask(jnp.asarray(offset)[:, None], ids, ids, causal)
+    table = visits(mask, 2, lengths=lengths, rows=rows, outer=outer)
     wholes = 0
     for b in range(2):
         segment_ids = (None, None) if ids is None else (ids[b], ids[b])

@@ -1,6 +1,7 @@
 """The TPU kernel keeps the contract under the TPU interpreter, and compiles for the chips."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqe_kernels import pallas_tpu, routed_attention
-from gqe_kernels.pallas_tpu import attention, blocks
+from gqe_kernels.pallas_tpu import blocks
 from gqe_kernels.pallas_tpu.layout import Layout
-from gqe_kernels.pallas_tpu.tile import Tiles
+from gqe_kernels.pallas_tpu.schedule import Tiles
 from tests.gqe_kernels.contract import (
     Case,
     DenseAttentionContract,
@@ -62,18 +63,15 @@ class TestPallasTpu(RoutedAttentionContract):
     bfloat16_cases = (Case(head_dim=64, expert=4, k=2, segments="packed"),)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Several blocks each way, and a backward pass of several launches."""
-    small = pallas_tpu.BlockSizes(
-        q=128, kv=256, strip=64, backward_q=256, backward_kv=128, d_query_bytes=1
-    )
-    monkeypatch.setattr(attention, "default_block_sizes", lambda *_, **__: small)
+# Several blocks each way, and a backward pass of several launches.
+SMALL = pallas_tpu.BlockSizes(
+    q=128, kv=256, strip=64, backward_q=256, backward_kv=128, d_query_bytes=1
+)
 
 
-@pytest.mark.usefixtures("interpreter", "small_blocks")
+@pytest.mark.usefixtures("interpreter")
 class TestManyBlocks(RoutedAttentionContract):
-    implementation = "pallas_tpu"
+    implementation = functools.partial(pallas_tpu.attention, blocks=SMALL)
     base = Case(head_dim=128, q_len=150, group=1)
     float32_cases = (
         Case(batch=1, q_len=600, group=1, head_dim=128, segments="packed"),
@@ -86,17 +84,18 @@ class TestManyBlocks(RoutedAttentionContract):
     bfloat16_cases = float32_cases[1:2]
 
 
-@pytest.fixture
-def diagonal_blocks(monkeypatch):
-    """Square blocks, whose diagonal tiles come first, and what the wide chips' defaults turn on."""
-    square = dict.fromkeys(("q", "kv", "backward_q", "backward_kv"), 256)
-    sized = pallas_tpu.BlockSizes(**square, strip=128, row_sum_on_mxu=True, bfloat16_exp=True)
-    monkeypatch.setattr(attention, "default_block_sizes", lambda *_, **__: sized)
+# Square blocks, whose diagonal tiles come first, and what the wide chips' defaults turn on.
+DIAGONAL = pallas_tpu.BlockSizes(
+    **dict.fromkeys(("q", "kv", "backward_q", "backward_kv"), 256),
+    strip=128,
+    row_sum_on_mxu=True,
+    bfloat16_exp=True,
+)
 
 
-@pytest.mark.usefixtures("interpreter", "diagonal_blocks")
+@pytest.mark.usefixtures("interpreter")
 class TestDiagonalFirst(RoutedAttentionContract):
-    implementation = "pallas_tpu"
+    implementation = functools.partial(pallas_tpu.attention, blocks=DIAGONAL)
     base = Case(head_dim=128, q_len=300, group=1)
     float32_cases = (
         Case(batch=1, q_len=200, kv_len=600, q_offset=256, head_dim=64, expert=3),
@@ -105,9 +104,9 @@ class TestDiagonalFirst(RoutedAttentionContract):
     bfloat16_cases = float32_cases
 
 
-@pytest.mark.usefixtures("interpreter", "diagonal_blocks")
+@pytest.mark.usefixtures("interpreter")
 class TestDensePallasTpu(DenseAttentionContract):
-    implementation = "pallas_tpu"
+    implementation = functools.partial(pallas_tpu.attention, blocks=DIAGONAL)
     cases = (
         Case(batch=1, head_dim=64, expert=3, segments="packed"),
         Case(batch=1, q_len=300, group=1, head_dim=128),
@@ -142,11 +141,16 @@ COMPILED = [
 ]
 
 
-def abstract(chip: str, tree):
-    """The arrays of `tree`, or their shapes, as arguments on one chip that is not here."""
+def compiled_for(chip: str, function, *arguments):
+    """`function` compiled for one chip that is not here, as it is on a mesh of that chip."""
     topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
-    sharding = SingleDeviceSharding(topology.devices[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+    mesh = Mesh(np.array(topology.devices[:1]), "data")
+    sharding = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*abstract).compile()
 
 
 @pytest.mark.parametrize(
@@ -154,9 +158,8 @@ def abstract(chip: str, tree):
     COMPILED,
     ids=[f"{chip}-{dtype}-{case.name}" for chip, case, dtype in COMPILED],
 )
-def test_default_compiles_to_the_kernel_on(chip, case, dtype, monkeypatch):
+def test_default_compiles_to_the_kernel_on(chip, case, dtype):
     """Forward and backward, by Mosaic and XLA:TPU, with no flag that names the kernel."""
-    monkeypatch.setattr(blocks, "lowered_chip", lambda: chip)
     arrays, masking = make_inputs(case)
     index = arrays.pop("expert_index")
     given = {n: np.asarray(a, jnp.dtype(dtype)) for n, a in arrays.items()}
@@ -167,8 +170,7 @@ def test_default_compiles_to_the_kernel_on(chip, case, dtype, monkeypatch):
         slots = routed_attention(expert_index=index, **given, **traced, **static)
         return jnp.sum(slots.astype(jnp.float32) ** 2)
 
-    arguments = abstract(chip, (given, index, traced))
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    compiled = compiled_for(chip, jax.value_and_grad(loss), given, index, traced)
     names = re.findall(r"%(gqe_[a-z_]+)[\d.]* = .*custom-call", compiled.as_text())
     assert sorted(names) == ["gqe_backward", "gqe_backward_prepare", "gqe_forward"]
 
@@ -198,7 +200,7 @@ def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
     w = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
     w["index"] = jax.ShapeDtypeStruct((1, length, group, 1), jnp.int32)
     x = jax.ShapeDtypeStruct((1, length, embed), jnp.bfloat16)
-    text = jax.jit(layer).lower(*abstract(chip, (x, w))).compile().as_text()
+    text = compiled_for(chip, layer, x, w).as_text()
     assert "gqe_forward" in text
     moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in moved]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_kernels import reference, routed_attention, xla
+from gqe_kernels import dense_attention, routed_attention, xla
 from tests.gqe_kernels.contract import (
     Case,
     DenseAttentionContract,
@@ -39,17 +39,21 @@ class TestDenseXla(DenseAttentionContract):
 )
 def test_block_sizes_do_not_change_values_or_gradients(case, blocks):
     arrays, masking = make_inputs(case)
-    masking = {"q_segment_ids": None, "kv_segment_ids": None, **masking, "scale": 0.3}
+    masking["scale"] = 0.3
     values = tuple(jnp.float32(arrays[name]) for name in ("query", "key", "value"))
-    cotangent = np.random.default_rng(2).standard_normal(values[0].shape)
+    slots = arrays["query"].reshape(*arrays["query"].shape[:2], -1, case.head_dim)
+    cotangent = np.random.default_rng(2).standard_normal(slots.shape)
 
-    def both(attend):
-        out, pullback = jax.vjp(lambda *v: attend(*v, **masking), *values)
+    def both(implementation):
+        def call(*values):
+            return dense_attention(*values, **masking, implementation=implementation)
+
+        out, pullback = jax.vjp(call, *values)
         return out, *pullback(jnp.float32(cotangent))
 
-    small = functools.partial(xla.attend, block_sizes=xla.BlockSizes(*blocks))
+    small = functools.partial(xla.attention, blocks=xla.XlaBlocks(*blocks))
     for name, actual, expected in zip(
-        ("out", "query", "key", "value"), both(small), both(reference.attend), strict=True
+        ("out", "query", "key", "value"), both(small), both("reference"), strict=True
     ):
         assert_close(actual, expected, 2e-5, name)
 

@@ -1,197 +1,167 @@
-"""Routed attention on Hopper GPUs: what is around the kernels, and their vjp.
+"""Routed attention on Hopper GPUs: the operands of the kernels, and the kernels' vjp.
 
-The forward kernel selects the experts where their tiles of queries fit into shared memory. Else,
-and in the gradients, selecting is elementwise work beside the kernels, as are the mean over groups
-and the weighted slot.
+The forward kernel selects the experts where the queries of all experts of a tile fit in shared
+memory. Otherwise, and for the gradients, XLA selects; it also computes the mean over groups and the
+weighted slot.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels import reference
+from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
 from gqe_kernels.pallas_gpu.backward import backward
-from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes, block_sizes
+from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
-from gqe_kernels.pallas_gpu.heads import Heads
-from gqe_kernels.pallas_gpu.tables import Masking, Tables, tables
+from gqe_kernels.pallas_gpu.heads import ByHead, Heads
+from gqe_kernels.pallas_gpu.tables import Tables, tables
+from gqe_kernels.reference import mean_over_groups, select_experts
 
 
 class _Static(NamedTuple):
     heads: Heads
-    causal: bool
     scale: float
     lengths: tuple[int, int]
     blocks: BlockSizes
 
 
-class _Operands(NamedTuple):
-    """As `forward` takes them."""
+def unsupported(
+    routed: Routed, scale: float = 1.0, *, device: jax.Device | None = None
+) -> str | None:
+    """The argument that the kernels cannot take, with the reason; None if they take them all.
 
-    query: Float[Array, "batch q_len expert head_dim"]
-    index: Int[Array, "batch q_len head"] | None
-    shared_query: Float[Array, "batch q_len head_dim"] | None
-    key: Float[Array, "batch kv_len group head_dim"]
-    value: Float[Array, "batch kv_len group head_dim"]
-    shared_key: Float[Array, "batch kv_len head_dim"] | None
-    shared_value: Float[Array, "batch kv_len head_dim"] | None
-
-
-def unsupported(query, key, *, scale=1.0, **_) -> str | None:
-    """The argument that the kernels cannot take, with the reason; None if they take them all."""
+    Args:
+      device: the device that runs them; None: the first of this process.
+    """
+    query = routed.query
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query: dtype {query.dtype}, where bfloat16 or float16 is needed"
     if query.shape[-1] not in DEFAULTS:
         return f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is"
-    if query.size == 0 or key.size == 0:
+    if query.size == 0 or routed.key.size == 0:
         return "query, key: an array without entries"
     if not scale > 0:
         return f"scale: {scale}, where a positive number is needed"
-    device = jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     if device.platform == "gpu" and device.compute_capability != "9.0":
         return f"the GPU here: compute capability {device.compute_capability}, where 9.0 is needed"
     return None
 
 
-def routed_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    expert_index: Int[Array, "batch q_len group k"],
-    slot_weight: Float[Array, "batch q_len group k"] | None,
-    shared_query: Float[Array, "batch q_len head_dim"] | None,
-    shared_key: Float[Array, "batch kv_len head_dim"] | None,
-    shared_value: Float[Array, "batch kv_len head_dim"] | None,
-    *,
-    scale: float,
-    **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """As `reference.routed_attention`, for the arguments that the kernels take."""
-    _check(query, key, scale)
-    batch, q_len, group, experts, head_dim = query.shape
-    if shared_query is not None and shared_key is None:
-        shared_key, shared_value = (reference.mean_over_groups(x) for x in (key, value))
-    heads = Heads(
-        group=group,
-        per_group=expert_index.shape[3],
-        shared=shared_query is not None,
-        weighted=slot_weight is not None,
+def attention(
+    routed: Routed, mask: Mask, scale: float, *, blocks: BlockSizes | None = None
+) -> Slots:
+    """The slots, by the kernels.
+
+    Args:
+      blocks: None: the defaults of the head_dim.
+
+    Raises:
+      NotImplementedError: names the argument that the kernels do not take.
+    """
+    reason = unsupported(routed, scale)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='pallas_gpu' does not take {reason}")
+    if mask.pieces > 1:
+        pieces = (attention(*piece, scale, blocks=blocks) for piece in split_pieces(routed, mask))
+        return jnp.concatenate(list(pieces), axis=1)
+    (batch, q_len, *_, head_dim), kv_len = routed.query.shape, routed.key.shape[1]
+    blocks = blocks or DEFAULTS[head_dim]
+    heads, operands = _by_head(routed, blocks)
+    pad_q = functools.partial(_pad, rows=-q_len % max(WARPGROUPS * blocks.q, blocks.backward_q))
+    pad_kv = functools.partial(_pad, rows=-kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv))
+    operands = ByHead(
+        query=pad_q(operands.query),
+        key=pad_kv(operands.key),
+        value=pad_kv(operands.value),
+        expert_index=pad_q(operands.expert_index),
+        shared_query=pad_q(operands.shared_query),
+        shared_key=pad_kv(operands.shared_key),
+        shared_value=pad_kv(operands.shared_value),
     )
-    if 1 < experts <= block_sizes(head_dim).most_experts(head_dim):
+    mask = mask.map_queries(lambda ids: pad_q(ids.astype(jnp.int32)))
+    mask = mask.map_keys(lambda ids: pad_kv(ids.astype(jnp.int32)))
+    static = _Static(heads, float(scale), (q_len, kv_len), blocks)
+    visited = tables(mask, batch, lengths=static.lengths, blocks=blocks)
+    slots = _attention(static, operands, dataclasses.replace(mask, offset=None), visited)
+    return _with_weighted_slot(routed, heads, slots[:, :q_len])
+
+
+def _by_head(routed: Routed, blocks: BlockSizes) -> tuple[Heads, ByHead]:
+    """The heads of the launch and their operands, without padding."""
+    batch, q_len, _, experts, head_dim = routed.query.shape
+    shared_query, shared_key, shared_value = (
+        routed.shared_query,
+        routed.shared_key,
+        routed.shared_value,
+    )
+    if routed.takes_mean:
+        shared_key, shared_value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+    heads = Heads(
+        group=routed.query.shape[2],
+        per_group=routed.top_k,
+        shared=shared_query is not None,
+        weighted=routed.slot_weight is not None,
+    )
+    query, index = routed.query, routed.expert_index
+    if index is not None and 1 < experts <= blocks.most_experts(head_dim):
         heads = heads._replace(experts=experts)
         query = query.reshape(batch, q_len, -1, head_dim)
-        index = expert_index.reshape(batch, q_len, -1).astype(jnp.int32)
+        index = index.reshape(batch, q_len, -1).astype(jnp.int32)
     else:
-        query = reference.select_experts(query, expert_index).reshape(batch, q_len, -1, head_dim)
+        query = select_experts(query, index).reshape(batch, q_len, -1, head_dim)
         if shared_query is not None:
             query = jnp.concatenate([query, shared_query[:, :, None]], axis=2)
         index = shared_query = None
-    operands = _Operands(query, index, shared_query, key, value, shared_key, shared_value)
-    slots = _attend(operands, heads, scale=scale, **masking)
-    if slot_weight is None:
+    return heads, ByHead(
+        query, routed.key, routed.value, index, shared_query, shared_key, shared_value
+    )
+
+
+def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
+    """The slots with the weighted one, which the kernels leave out, computed from the hard ones."""
+    weight = routed.slot_weight
+    if weight is None:
         return slots
-    hard = slots[:, :, : heads.hard].reshape(*expert_index.shape, head_dim).astype(jnp.float32)
-    weighted = jnp.sum(slot_weight.astype(jnp.float32)[..., None] * hard, axis=(2, 3))
+    hard = slots[:, :, : heads.hard].reshape(*weight.shape, -1).astype(jnp.float32)
+    weighted = jnp.sum(weight.astype(jnp.float32)[..., None] * hard, axis=(2, 3))
     return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
 
 
-def dense_attention(
-    query: Float[Array, "batch q_len group expert head_dim"],
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    *,
-    scale: float,
-    **masking,
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """As `reference.dense_attention`: the same kernels on every head."""
-    _check(query, key, scale)
-    heads = Heads(group=query.shape[2], per_group=query.shape[3])
-    query = query.reshape(*query.shape[:2], -1, query.shape[-1])
-    operands = _Operands(query, None, None, key, value, None, None)
-    return _attend(operands, heads, scale=scale, **masking)
-
-
-def _check(query, key, scale) -> None:
-    reason = unsupported(query, key, scale=scale)
-    if reason is not None:
-        raise NotImplementedError(f"implementation='pallas_gpu' does not take {reason}")
-
-
-def _attend(
-    operands: _Operands,
-    heads: Heads,
-    *,
-    scale: float,
-    causal: bool,
-    q_segment_ids: Int[Array, "batch q_len"] | None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"],
-) -> Float[Array, "batch q_len slot head_dim"]:
-    """The slots of all heads; of `operands` as they are without padding."""
-    batch, q_len, _, head_dim = operands.query.shape
-    kv_len = operands.key.shape[1]
-    blocks = block_sizes(head_dim)
-    q_pad = -q_len % max(WARPGROUPS * blocks.q, blocks.backward_q)
-    kv_pad = -kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv)
-
-    def padded(x, rows):
-        if x is None or rows == 0:
-            return x
-        return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
-
-    static = _Static(
-        heads=heads,
-        causal=causal,
-        scale=float(scale),
-        lengths=(q_len, kv_len),
-        blocks=blocks,
-    )
-    int32 = lambda x: None if x is None else x.astype(jnp.int32)  # noqa: E731
-    xp = jnp if isinstance(q_offset, jax.Array) else np
-    masking = Masking(
-        xp.broadcast_to(xp.asarray(q_offset, np.int32), (batch,)),
-        padded(int32(q_segment_ids), q_pad),
-        padded(int32(kv_segment_ids), kv_pad),
-    )
-    query, index, shared_query, *of_keys = operands
-    operands = _Operands(
-        padded(query, q_pad),
-        padded(index, q_pad),
-        padded(shared_query, q_pad),
-        *(padded(x, kv_pad) for x in of_keys),
-    )
-    visited = tables(masking, causal=causal, lengths=static.lengths, blocks=blocks)
-    return _attention(static, operands, masking, visited)[:, :q_len]
+def _pad(x: Array | None, rows: int) -> Array | None:
+    if x is None or rows == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, operands: _Operands, masking: Masking, visited: Tables):
-    return forward(*operands, masking, visited.forward, **static._asdict()).slots
+def _attention(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
+    return forward(operands, mask, visited.forward, **static._asdict()).slots
 
 
-def _attention_forward(static, operands, masking, visited):
-    selects = operands.index is not None
-    found = forward(*operands, masking, visited.forward, keep_selected=selects, **static._asdict())
+def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
+    selects = operands.expert_index is not None
+    found = forward(operands, mask, visited.forward, keep_selected=selects, **static._asdict())
     if not selects:
         found = found._replace(selected=operands.query)
-    operands = operands._replace(query=None, shared_query=None)
-    return found.slots, (operands, masking, visited, found)
+    operands = dataclasses.replace(operands, query=None, shared_query=None)
+    return found.slots, (operands, mask, visited, found)
 
 
-def _attention_backward(static, residuals, d_slots):
-    operands, masking, visited, found = residuals
+def _attention_backward(static: _Static, residuals, d_slots):
+    operands, mask, visited, found = residuals
     heads = static.heads
     delta = jnp.einsum(
         "bthd,bthd->bht", found.slots.astype(jnp.float32), d_slots.astype(jnp.float32)
     )
     d_query, d_key, d_value = backward(
         found.selected,
-        *operands[3:],
-        masking,
+        operands,
+        mask,
         visited,
         found.logsumexp,
         delta,
@@ -199,31 +169,34 @@ def _attention_backward(static, residuals, d_slots):
         **static._asdict(),
     )
 
-    def of_groups(x):
+    def sum_in_groups(x):
         if heads.per_group == 1:
             return x[:, :, : heads.hard]
         parts = x[:, :, : heads.hard].reshape(*x.shape[:2], heads.group, heads.per_group, -1)
         return jnp.sum(parts.astype(jnp.float32), axis=3).astype(x.dtype)
 
-    shared = (None, None)
-    if heads.shared:
-        shared = d_key[:, :, heads.hard], d_value[:, :, heads.hard]
     d_shared_query = None
-    if operands.index is not None:
+    if operands.expert_index is not None:
         d_shared_query = d_query[:, :, heads.hard] if heads.shared else None
-        d_query = _of_experts(d_query[:, :, : heads.hard], operands.index, heads)
-    d_operands = _Operands(
-        d_query, None, d_shared_query, of_groups(d_key), of_groups(d_value), *shared
+        d_query = _to_experts(d_query[:, :, : heads.hard], operands.expert_index, heads)
+    d_operands = ByHead(
+        query=d_query,
+        key=sum_in_groups(d_key),
+        value=sum_in_groups(d_value),
+        expert_index=None,
+        shared_query=d_shared_query,
+        shared_key=d_key[:, :, heads.hard] if heads.shared else None,
+        shared_value=d_value[:, :, heads.hard] if heads.shared else None,
     )
     return d_operands, None, None
 
 
-def _of_experts(
+def _to_experts(
     d_selected: Float[Array, "batch q_len head head_dim"],
     index: Int[Array, "batch q_len head"],
     heads: Heads,
 ) -> Float[Array, "batch q_len expert head_dim"]:
-    """The transpose of selecting: what was not selected has no gradient."""
+    """The transpose of the selection: an expert that was not selected has no gradient."""
     batch, q_len, _, head_dim = d_selected.shape
     index = index.reshape(batch, q_len, heads.group, heads.per_group, 1)
     parts = d_selected.reshape(batch, q_len, heads.group, heads.per_group, 1, head_dim)

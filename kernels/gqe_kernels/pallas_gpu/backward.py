@@ -8,53 +8,55 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.d_key import d_key_kernel
 from gqe_kernels.pallas_gpu.d_query import d_query_kernel
-from gqe_kernels.pallas_gpu.heads import Heads
+from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.items import Items, launch, multiprocessors
-from gqe_kernels.pallas_gpu.tables import Masking, Tables
+from gqe_kernels.pallas_gpu.tables import Tables
 from gqe_kernels.pallas_gpu.tile import TRANSFORMS
 
 
 def backward(
-    query,
-    key,
-    value,
-    shared_key,
-    shared_value,
-    masking: Masking,
+    selected: Float[Array, "batch q_len head head_dim"],
+    operands: ByHead,
+    mask: Mask,
     tables: Tables,
-    logsumexp,
-    delta,
-    d_out,
+    logsumexp: Float[Array, "batch head q_len"],
+    delta: Float[Array, "batch slot q_len"],
+    d_out: Float[Array, "batch q_len slot head_dim"],
     *,
     heads: Heads,
-    causal: bool,
     scale: float,
     lengths: tuple[int, int],
     blocks: BlockSizes,
 ):
-    """Gradients of the queries, and of what each head reads: [batch, kv_len, head, head_dim].
+    """Gradients of each head's queries, and of the keys and values that each head reads.
 
     Args:
-      query: of every head, [batch, q_len, head, head_dim].
-      logsumexp: of each head and query, [batch, head, q_len].
-      delta: of each slot and query, [batch, slot, q_len], the output times its gradient.
-      d_out: the gradient of the slots; the others as in `forward`.
+      selected: the queries of every head.
+      operands: their keys and values.
+      logsumexp: in base 2.
+      delta: the sum over head_dim of each slot times its gradient.
+      d_out: the gradient of the slots.
+
+    Returns:
+      d_query [batch, q_len, head, head_dim]; d_key, d_value [batch, kv_len, head, head_dim].
     """
-    batch, q_len, _, head_dim = query.shape
-    kv_len, dtype = key.shape[1], query.dtype
+    batch, q_len, _, head_dim = selected.shape
+    kv_len, dtype = operands.key.shape[1], selected.dtype
     q_tile, kv_tile = WARPGROUPS * blocks.q, WARPGROUPS * blocks.backward_kv
     static = {
         "heads": heads,
-        "causal": causal,
         "scale": scale,
         "kv_len": lengths[1],
         "blocks": blocks,
     }
-    operands = query, key, value, shared_key, shared_value, d_out, logsumexp, delta
+    read = operands.key, operands.value, operands.shared_key, operands.shared_value
+    inputs = selected, *read, d_out, logsumexp, delta
 
     def rows(*shape):
         return plgpu.SMEM((*shape, head_dim), dtype, transforms=TRANSFORMS)
@@ -90,7 +92,7 @@ def backward(
     d_query = kernel(
         d_query_kernel,
         "gqe_backward_queries",
-        jax.ShapeDtypeStruct(query.shape, dtype),
+        jax.ShapeDtypeStruct(selected.shape, dtype),
         q_len // q_tile,
         True,  # the last queries see the most keys
         (
@@ -99,7 +101,7 @@ def backward(
             staging(blocks.q, blocks.backward_kv),
         ),
         (fetched(4 * WARPGROUPS, SLOTS), fetched(1, blocks.stages), fetched(1, blocks.stages)),
-    )(*operands, tables.d_query, masking.q_segment, masking.kv_segment)
+    )(*inputs, tables.d_query, mask)
     own = (SLOTS, WARPGROUPS, blocks.backward_kv)
     of_queries = (blocks.stages, blocks.backward_q)
     of_read = jax.ShapeDtypeStruct((batch, kv_len, heads.number, head_dim), dtype)
@@ -115,5 +117,5 @@ def backward(
             staging(blocks.backward_kv, blocks.backward_q),
         ),
         (fetched(2 * WARPGROUPS, SLOTS), fetched(4, blocks.stages)),
-    )(*operands, tables.d_key, masking.q_segment, masking.kv_segment)
+    )(*inputs, tables.d_key, mask)
     return d_query, d_key, d_value

@@ -1,9 +1,6 @@
-"""Block sizes of the GPU kernels: defaults by head_dim, or those that a caller chooses."""
+"""Block sizes of the GPU kernels, with defaults by head_dim."""
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 
 WARPGROUPS = 2  # that compute; a third fetches
 SLOTS = 2  # for what an item of work needs once; see items.py
@@ -51,19 +48,3 @@ class BlockSizes:
 
 
 DEFAULTS = {64: BlockSizes(stages=4), 128: BlockSizes()}
-_chosen: contextvars.ContextVar[BlockSizes | None] = contextvars.ContextVar("blocks", default=None)
-
-
-def block_sizes(head_dim: int) -> BlockSizes:
-    """Those chosen, or the defaults."""
-    return _chosen.get() or DEFAULTS[head_dim]
-
-
-@contextlib.contextmanager
-def use_block_sizes(blocks: BlockSizes) -> Iterator[None]:
-    """What is traced within has these."""
-    token = _chosen.set(blocks)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)

@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
@@ -24,8 +25,7 @@ def d_key_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    q_segment_ref,
-    kv_segment_ref,
+    mask: Mask,
     d_k_ref,
     d_v_ref,
     buffers,
@@ -33,7 +33,6 @@ def d_key_kernel(
     consumed,
     *,
     heads: Heads,
-    causal: bool,
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
@@ -44,7 +43,7 @@ def d_key_kernel(
     own_fetched, q_fetched = fetched
     own_consumed, q_consumed = consumed
     dtype, q, kv = q_ref.dtype, blocks.backward_q, blocks.backward_kv
-    kv_ragged = kv_len % (WARPGROUPS * kv) != 0
+    kv_end = kv_len if kv_len % (WARPGROUPS * kv) else None
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * kv, kv)
@@ -93,29 +92,26 @@ def d_key_kernel(
                 slot = lax.rem(done + i, jnp.int32(blocks.stages))
                 plgpu.barrier_wait(q_fetched.at[slot])
                 (logits,) = products((own_k, q_smem.at[slot]))
-                counts = None
+                seen = None
                 if masked:
                     # Read again: beside both sums, what was kept from without would be spilled.
                     visit = Visits.read(table_ref, batch, tile)
-                    counts = visible(
+                    seen = visible(
+                        mask,
                         shape,
                         q_axis=1,
                         batch=batch,
                         q_start=visit.block(i) * q,
                         kv_start=kv_start,
                         position=visit.position,
-                        causal=causal,
-                        kv_len=kv_len,
-                        kv_ragged=kv_ragged,
-                        q_segment_ref=q_segment_ref,
-                        kv_segment_ref=kv_segment_ref,
+                        kv_end=kv_end,
                     )
 
                 def a_query(ref):
                     return plgpu.load(ref.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
 
                 logsumexp = a_query(logsumexp_smem)
-                weights = probabilities(logits, logsumexp, axis=1, scale=scale, counts=counts)
+                weights = probabilities(logits, logsumexp, axis=1, scale=scale, seen=seen)
                 add_product(d_v_acc, weights.astype(dtype), d_out_smem.at[slot], staging)
                 (d_weights,) = products((own_v, d_out_smem.at[slot]))
                 d_weights -= lax.broadcast_in_dim(a_query(delta_smem), shape, [1])
@@ -125,7 +121,7 @@ def d_key_kernel(
                 plgpu.barrier_arrive(q_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if causal or q_segment_ref is not None or kv_ragged:
+            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             own_k[...] = (d_k_acc[...] * scale).astype(dtype)
             own_v[...] = d_v_acc[...].astype(dtype)

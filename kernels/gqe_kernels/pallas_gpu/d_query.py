@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
@@ -24,15 +25,13 @@ def d_query_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    q_segment_ref,
-    kv_segment_ref,
+    mask: Mask,
     d_q_ref,
     buffers,
     fetched,
     consumed,
     *,
     heads: Heads,
-    causal: bool,
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
@@ -43,7 +42,7 @@ def d_query_kernel(
     own_fetched, k_fetched, v_fetched = fetched
     own_consumed, kv_consumed = consumed
     dtype, kv = q_ref.dtype, blocks.backward_kv
-    kv_ragged = kv_len % kv != 0
+    kv_end = kv_len if kv_len % kv else None
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
@@ -93,29 +92,26 @@ def d_query_kernel(
                 plgpu.barrier_wait(k_fetched.at[slot])
                 plgpu.barrier_wait(v_fetched.at[slot])
                 logits, d_weights = products((own_q, k_smem.at[slot]), (own_d_out, v_smem.at[slot]))
-                counts = None
+                seen = None
                 if masked:
-                    counts = visible(
+                    seen = visible(
+                        mask,
                         shape,
                         q_axis=0,
                         batch=batch,
                         q_start=rows.start,
                         kv_start=visit.block(i) * kv,
                         position=visit.position,
-                        causal=causal,
-                        kv_len=kv_len,
-                        kv_ragged=kv_ragged,
-                        q_segment_ref=q_segment_ref,
-                        kv_segment_ref=kv_segment_ref,
+                        kv_end=kv_end,
                     )
-                weights = probabilities(logits, logsumexp, axis=0, scale=scale, counts=counts)
+                weights = probabilities(logits, logsumexp, axis=0, scale=scale, seen=seen)
                 d_logits = weights * (d_weights - lax.broadcast_in_dim(delta, shape, [0]))
                 add_product(d_q_acc, d_logits.astype(dtype), k_smem.at[slot], staging)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(kv_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if causal or q_segment_ref is not None or kv_ragged:
+            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             return d_q_acc[...]
 

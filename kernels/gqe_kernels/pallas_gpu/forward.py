@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
-from gqe_kernels.pallas_gpu.heads import Heads
+from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, launch, multiprocessors, share_out
-from gqe_kernels.pallas_gpu.tables import Masking, Visits
+from gqe_kernels.pallas_gpu.tables import Visits
 from gqe_kernels.pallas_gpu.tile import (
     LOG2E,
     MASKED,
@@ -26,16 +27,9 @@ from gqe_kernels.pallas_gpu.tile import (
 
 
 def _kernel(
-    q_ref,
-    index_ref,
-    shared_q_ref,
-    k_ref,
-    v_ref,
-    shared_k_ref,
-    shared_v_ref,
+    refs: ByHead,
     table_ref,
-    q_segment_ref,
-    kv_segment_ref,
+    mask: Mask,
     out_ref,
     logsumexp_ref,
     selected_ref,
@@ -45,7 +39,6 @@ def _kernel(
     turn,
     *,
     heads: Heads,
-    causal: bool,
     scale: float,
     kv_len: int,
     blocks: BlockSizes,
@@ -55,8 +48,8 @@ def _kernel(
     q_smem, others_smem, k_smem, v_smem, staging_smem = buffers
     q_fetched, k_fetched, v_fetched = fetched
     q_consumed, k_consumed, v_consumed, others_consumed = consumed
-    head_dim, dtype, experts = q_ref.shape[-1], q_ref.dtype, heads.experts
-    kv_ragged = kv_len % blocks.kv != 0
+    head_dim, dtype, experts = refs.query.shape[-1], refs.query.dtype, heads.experts
+    kv_end = kv_len if kv_len % blocks.kv else None
 
     def rows_of(tile, warpgroup):
         return pl.ds((tile * WARPGROUPS + warpgroup) * blocks.q, blocks.q)
@@ -74,13 +67,13 @@ def _kernel(
 
         def of_group():
             start = head if experts == 1 else heads.group_of(head) * experts
-            queries(lambda rows, m: q_ref.at[batch, rows, start + m])
+            queries(lambda rows, m: refs.query.at[batch, rows, start + m])
 
-        if shared_q_ref is None:
+        if refs.shared_query is None:
             of_group()
         else:  # whichever expert is selected, it is the shared one
             heads.choose(
-                head, of_group, lambda: queries(lambda rows, _: shared_q_ref.at[batch, rows])
+                head, of_group, lambda: queries(lambda rows, _: refs.shared_query.at[batch, rows])
             )
         visit = Visits.read(table_ref, batch, tile)
 
@@ -95,8 +88,8 @@ def _kernel(
                 pl.when(again)(lambda: plgpu.barrier_wait(v_consumed.at[slot]))
                 plgpu.copy_gmem_to_smem(v(rows), v_smem.at[slot], v_fetched.at[slot])
 
-        shared = shared_k_ref, shared_v_ref
-        heads.read(batch, head, (k_ref, v_ref), shared, keys_and_values)
+        shared = refs.shared_key, refs.shared_value
+        heads.read(batch, head, (refs.key, refs.value), shared, keys_and_values)
         return done + visit.steps
 
     def attend(number, tile, batch, head, done):
@@ -107,7 +100,7 @@ def _kernel(
         plgpu.barrier_wait(q_fetched.at[own])
         if experts > 1:
             index = plgpu.load(
-                index_ref.at[batch, rows, jnp.minimum(head, heads.hard - 1)],
+                refs.expert_index.at[batch, rows, jnp.minimum(head, heads.hard - 1)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
@@ -143,20 +136,17 @@ def _kernel(
             logits = pl.run_scoped(product_with_keys, plgpu.ACC(shape, jnp.float32))
             plgpu.barrier_arrive(k_consumed.at[slot])
             if masked:
-                counts = visible(
+                seen = visible(
+                    mask,
                     shape,
                     q_axis=0,
                     batch=batch,
                     q_start=rows.start,
                     kv_start=visit.block(i) * blocks.kv,
                     position=visit.position,
-                    causal=causal,
-                    kv_len=kv_len,
-                    kv_ragged=kv_ragged,
-                    q_segment_ref=q_segment_ref,
-                    kv_segment_ref=kv_segment_ref,
+                    kv_end=kv_end,
                 )
-                logits = jnp.where(counts, logits, MASKED)
+                logits = jnp.where(seen, logits, MASKED)
             new_max = jnp.maximum(row_max, jnp.max(logits, axis=1) * (scale * LOG2E))
             rescale = jnp.exp2(row_max - new_max)
             weights = jnp.exp2(logits * (scale * LOG2E) - lax.broadcast_in_dim(new_max, shape, [0]))
@@ -183,7 +173,7 @@ def _kernel(
         )
         pl.when(warpgroup == 1)(take_turns)
         carry = lax.fori_loop(0, visit.whole, functools.partial(step, masked=False), carry)
-        if causal or q_segment_ref is not None or kv_ragged:
+        if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
             masked = functools.partial(step, masked=True)
             carry = lax.fori_loop(visit.whole, visit.steps, masked, carry)
         pl.when(warpgroup == 0)(take_turns)
@@ -220,18 +210,11 @@ class Forward(NamedTuple):
 
 
 def forward(
-    query: Float[Array, "batch q_len expert head_dim"],
-    index: Int[Array, "batch q_len head"] | None,
-    shared_query: Float[Array, "batch q_len head_dim"] | None,
-    key: Float[Array, "batch kv_len group head_dim"],
-    value: Float[Array, "batch kv_len group head_dim"],
-    shared_key: Float[Array, "batch kv_len head_dim"] | None,
-    shared_value: Float[Array, "batch kv_len head_dim"] | None,
-    masking: Masking,
+    operands: ByHead,
+    mask: Mask,
     table: Int[Array, "batch q_tile 5"],
     *,
     heads: Heads,
-    causal: bool,
     scale: float,
     lengths: tuple[int, int],
     blocks: BlockSizes,
@@ -240,15 +223,13 @@ def forward(
     """Attention of each head.
 
     Args:
-      query: of the experts of all groups; of all heads, if `heads.experts` is 1.
-      index: the expert within its group that each hard head takes, if there is a choice.
-      shared_query: then only; else it is the last of `query`.
-      heads: which there are.
-      table: of `Tables`.
-      lengths: queries and keys before padding; all arrays are padded to whole blocks.
-      keep_selected: return the queries of every head as selected from `query`.
+      heads: the heads of the launch.
+      table: the visits of `Tables.forward`.
+      lengths: queries and keys before padding.
+      keep_selected: also return the queries of every head as the kernel selects them.
     """
-    batch, q_len, _, head_dim = query.shape
+    batch, q_len, _, head_dim = operands.query.shape
+    dtype = operands.query.dtype
     experts = heads.experts
     tile_rows = WARPGROUPS * blocks.q
     items = Items(
@@ -260,14 +241,12 @@ def forward(
     )
 
     def shared_memory(*shape, width=head_dim):
-        return plgpu.SMEM((*shape, width), query.dtype, transforms=TRANSFORMS)
+        return plgpu.SMEM((*shape, width), dtype, transforms=TRANSFORMS)
 
     def of_queries(number):
-        return jax.ShapeDtypeStruct((batch, q_len, number, head_dim), query.dtype)
+        return jax.ShapeDtypeStruct((batch, q_len, number, head_dim), dtype)
 
-    body = functools.partial(
-        _kernel, heads=heads, causal=causal, scale=scale, kv_len=lengths[1], blocks=blocks
-    )
+    body = functools.partial(_kernel, heads=heads, scale=scale, kv_len=lengths[1], blocks=blocks)
     consumed = functools.partial(plgpu.Barrier, num_arrivals=WARPGROUPS)
     others = None if experts == 1 else shared_memory(WARPGROUPS, experts - 1, blocks.q)
     found = launch(
@@ -300,8 +279,5 @@ def forward(
             ),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
-    )(
-        *(query, index, shared_query, key, value, shared_key, shared_value),
-        *(table, masking.q_segment, masking.kv_segment),
-    )
+    )(operands, table, mask)
     return Forward(*found)

@@ -8,20 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import WARPGROUPS, BlockSizes
-
-
-class Masking(NamedTuple):
-    """Masking arguments as arrays, numpy's if they are known; padded to whole blocks.
-
-    Attributes:
-      position: of the first query of each row of the batch among the keys.
-      q_segment, kv_segment: both or neither; the segment of padding is 0.
-    """
-
-    position: Int[Array, "batch"]
-    q_segment: Int[Array, "batch q_len"] | None
-    kv_segment: Int[Array, "batch kv_len"] | None
 
 
 class Visits(NamedTuple):
@@ -60,11 +48,12 @@ class Tables(NamedTuple):
     d_key: Int[Array, "batch kv_tile 5"]
 
 
-def tables(
-    masking: Masking, *, causal: bool, lengths: tuple[int, int], blocks: BlockSizes
-) -> Tables:
-    """Of what is known while tracing, constants: each operation would be a launch of its own."""
-    of = functools.partial(visits, masking, causal=causal, lengths=lengths)
+def tables(mask: Mask, batch: int, *, lengths: tuple[int, int], blocks: BlockSizes) -> Tables:
+    """The tables of one call; constants where the mask is known while tracing.
+
+    Each operation on an array would be a launch of its own.
+    """
+    of = functools.partial(visits, mask, batch, lengths=lengths)
     q, kv = WARPGROUPS * blocks.q, WARPGROUPS * blocks.backward_kv
     return Tables(
         forward=of(rows=(q, blocks.kv), outer="q"),
@@ -74,29 +63,30 @@ def tables(
 
 
 def visits(
-    masking: Masking, *, causal: bool, lengths: tuple[int, int], rows: tuple[int, int], outer: str
-) -> Int[Array, "batch outer 5"]:
+    mask: Mask, batch: int, *, lengths: tuple[int, int], rows: tuple[int, int], outer: str
+) -> Int[Array | np.ndarray, "batch outer 5"]:
     """The `Visits` of each block of the outer axis.
 
     Args:
+      mask: of queries in one piece; its segments are padded to whole blocks with 0.
       lengths: queries and keys, without padding.
-      rows: of a block of queries and of keys.
+      rows: rows of a block of queries and of keys.
       outer: "q" or "kv".
     """
-    xp = jnp if any(isinstance(x, jax.Array) for x in masking) else np
-    batch = masking.position.shape[0]
+    xp = jnp if any(isinstance(x, jax.Array) for x in jax.tree.leaves(mask)) else np
+    offsets = xp.broadcast_to(mask.offsets, (batch, 1))
     num_q, num_kv = (-(-length // size) for length, size in zip(lengths, rows, strict=True))
-    first_query = masking.position[:, None, None] + xp.arange(num_q)[:, None] * rows[0]
+    first_query = offsets[:, :, None] + xp.arange(num_q)[:, None] * rows[0]
     first_key = xp.arange(num_kv) * rows[1]
     some = xp.ones((batch, num_q, num_kv), bool)
     every = some & (first_key + rows[1] <= lengths[1])
-    if causal:
-        end = masking.position[:, None, None] + lengths[0]
+    if mask.causal:
+        end = offsets[:, :, None] + lengths[0]
         some &= first_key < xp.minimum(first_query + rows[0], end)
         every &= first_key + rows[1] <= first_query + 1
-    if masking.q_segment is not None:
-        q = _ranges(xp, masking.q_segment, num_q, rows[0], (0, 2, 1))
-        kv = _ranges(xp, masking.kv_segment, num_kv, rows[1], (0, 1, 2))
+    if mask.q_segment_ids is not None:
+        q = _ranges(xp, mask.q_segment_ids, num_q, rows[0], (0, 2, 1))
+        kv = _ranges(xp, mask.kv_segment_ids, num_kv, rows[1], (0, 1, 2))
         some &= (q.low <= kv.high) & (kv.low <= q.high)
         every &= q.one & kv.one & (q.low == kv.low)
     if outer == "kv":
@@ -115,13 +105,13 @@ def visits(
     # Where segments return, whole blocks need not be neighbours: the first of them that are.
     broken = ~every & (xp.arange(number) >= first_whole[:, :, None])
     behind = xp.where(xp.any(broken, axis=2), xp.argmax(broken, axis=2), number)
-    position = xp.broadcast_to(masking.position[:, None], first.shape)
+    position = xp.broadcast_to(offsets, first.shape)
     found = Visits(position, first, first_whole, behind - first_whole, end - first)
     return xp.stack(found, axis=-1).astype(np.int32)
 
 
 class _Ranges(NamedTuple):
-    """Of each block: the lowest and the highest segment, without padding; whether all is one."""
+    """The lowest and highest segment of each block, without padding, and whether they are one."""
 
     low: Int[Array, "..."]
     high: Int[Array, "..."]

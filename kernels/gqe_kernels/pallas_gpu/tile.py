@@ -1,4 +1,4 @@
-"""What the GPU kernels do alike with a tile of logits."""
+"""What the GPU kernels share: products and masks of a tile of logits."""
 
 import functools
 import operator
@@ -7,6 +7,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+
+from gqe_kernels.contract import Mask
 
 LOG2E = 1.4426950408889634
 MASKED = -1e30
@@ -41,13 +43,14 @@ def products(*pairs):
     return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def probabilities(logits, logsumexp, *, axis: int, scale: float, counts):
-    """Of a tile; `logsumexp` is a number a query, which stands along `axis`."""
+def probabilities(logits, logsumexp, *, axis: int, scale: float, seen):
+    """The probabilities of a tile, from the logsumexp of its queries, which lie along `axis`."""
     exponent = logits * (scale * LOG2E) - lax.broadcast_in_dim(logsumexp, logits.shape, [axis])
-    return jnp.exp2(exponent if counts is None else jnp.where(counts, exponent, MASKED))
+    return jnp.exp2(exponent if seen is None else jnp.where(seen, exponent, MASKED))
 
 
 def visible(
+    mask: Mask,
     shape: tuple[int, int],
     *,
     q_axis: int,
@@ -55,18 +58,16 @@ def visible(
     q_start,
     kv_start,
     position,
-    causal: bool,
-    kv_len: int,
-    kv_ragged: bool,
-    q_segment_ref,
-    kv_segment_ref,
+    kv_end: int | None,
 ):
-    """Which entries of a tile count, as a tile of booleans in the layout of a wgmma's result.
+    """Which keys of a tile each query sees, as booleans in the layout of a wgmma's result.
 
     Args:
+      mask: its segments are references.
       q_axis: 0 for a tile [q, kv], 1 for [kv, q].
       q_start, kv_start: the tile's first query and key.
-      position: of query 0 among the keys.
+      position: the position of query 0 among the keys.
+      kv_end: the number of keys, if the last block is ragged; else None.
     """
 
     # Indices of one axis each, for a thread has few rows and columns of the tile, but many entries.
@@ -80,23 +81,23 @@ def visible(
         return lax.broadcast_in_dim(x, shape, [axis])
 
     kv_axis, tests = 1 - q_axis, []
-    if causal or kv_ragged:
-        last = index(q_axis) + (q_start + position) if causal else None
-        if kv_ragged:
-            last = jnp.minimum(last, kv_len - 1) if causal else kv_len - 1
+    if mask.causal or kv_end is not None:
+        last = index(q_axis) + (q_start + position) if mask.causal else None
+        if kv_end is not None:
+            last = jnp.minimum(last, kv_end - 1) if mask.causal else kv_end - 1
         key = index(kv_axis)
-        if causal:
+        if mask.causal:
             tests.append(spread(key, kv_axis) <= spread(last - kv_start, q_axis))
         else:
             tests.append(spread(key + kv_start <= last, kv_axis))
-    if q_segment_ref is not None:
+    if mask.q_segment_ids is not None:
         q_segment, kv_segment = (
             plgpu.load(
                 ref.at[batch, pl.ds(start, shape[axis])], layout=layouts[axis], optimized=False
             )
             for ref, start, axis in (
-                (q_segment_ref, q_start, q_axis),
-                (kv_segment_ref, kv_start, kv_axis),
+                (mask.q_segment_ids, q_start, q_axis),
+                (mask.kv_segment_ids, kv_start, kv_axis),
             )
         )
         q_segment = jnp.where(q_segment == 0, -1, q_segment)  # padding sees not even padding

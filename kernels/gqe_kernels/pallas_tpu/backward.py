@@ -6,6 +6,7 @@ which is what bounds their number. Longer sequences take several launches, each 
 dK and dV of those before it.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -16,8 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_tpu.cost import BACKWARD_PRODUCTS, estimate
 from gqe_kernels.pallas_tpu.layout import (
+    Flat,
     Layout,
     expand_query,
     for_row_chunks,
@@ -25,12 +28,15 @@ from gqe_kernels.pallas_tpu.layout import (
     result_shape,
     swap_halves,
 )
-from gqe_kernels.pallas_tpu.schedule import Visits
-from gqe_kernels.pallas_tpu.tile import NN, NT, Tiles, dot, is_interior, mask_bias, runs
+from gqe_kernels.pallas_tpu.schedule import Tiles, Visits
+from gqe_kernels.pallas_tpu.tile import NN, NT, dot, is_interior, mask_bias, runs
 
 
-class KeyGradients(NamedTuple):
-    """Gradients of what the queries read: [batch, kv_len, lanes], float32 while they are summed."""
+class KeyOperands(NamedTuple):
+    """What the queries attend to, or its gradients, which are float32 while they are summed.
+
+    Each is [batch, kv_len, lanes].
+    """
 
     key: jax.Array
     value: jax.Array
@@ -49,17 +55,13 @@ def _kernel(
     d_out_ref,
     logsumexp_ref,
     delta_ref,
-    key_ref,
-    value_ref,
-    shared_key_ref,
-    shared_value_ref,
-    q_segment_ref,
-    kv_segment_ref,
+    read: KeyOperands,
+    mask: Mask,
     index_ref,
-    sums: KeyGradients | None,
+    sums: KeyOperands | None,
     d_query_ref,
     d_shared_query_ref,
-    gradients: KeyGradients,
+    gradients: KeyOperands,
     d_query_scr,
     d_key_scr,
     d_value_scr,
@@ -73,7 +75,7 @@ def _kernel(
 ):
     b, j, local_i = (pl.program_id(axis) for axis in range(3))
     table, i = prefetched.table, prefetched.first_block[0] + local_i
-    row, dtype = layout.row, key_ref.dtype
+    row, dtype = layout.row, read.key.dtype
 
     def rows_of_kv():
         """Each unit's number, its keys and values, and the heads that read them."""
@@ -81,10 +83,10 @@ def _kernel(
             first = u * layout.groups_per_unit * layout.k
             lanes = slice(u * row, (u + 1) * row)
             heads = range(first, first + layout.groups_per_unit * layout.k)
-            yield u, key_ref, value_ref, lanes, heads
+            yield u, read.key, read.value, lanes, heads
         if layout.shared:
             every = slice(None)
-            yield layout.units, shared_key_ref, shared_value_ref, every, (layout.hard,)
+            yield layout.units, read.shared_key, read.shared_value, every, (layout.hard,)
 
     @pl.when(local_i == 0)
     def start_keys():
@@ -101,11 +103,11 @@ def _kernel(
     def start_queries():
         d_query_scr[local_i] = jnp.zeros_like(d_query_scr[local_i])
 
-    def all_heads(mask: bool):
-        if mask:
+    def all_heads(masks: bool):
+        if masks:
             segments = (None, None)
             if tiles.segments:
-                segments = q_segment_ref[...], kv_segment_ref[...]
+                segments = mask.q_segment_ids[...], mask.kv_segment_ids[...]
             bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=0)
 
         for u, keys, values, lanes, heads in rows_of_kv():
@@ -114,12 +116,12 @@ def _kernel(
                 own = slice(head * row, (head + 1) * row)
                 query, d_out = selected_ref[:, own], d_out_ref[:, own]
                 logits = dot(key, query, NT)
-                if mask:
+                if masks:
                     logits += bias_scr[...]
                 weights = jnp.exp2(logits - logsumexp_ref[head : head + 1, :])
                 d_value_scr[u] += dot(weights.astype(dtype), d_out, NN)
                 d_logits = weights * (dot(value, d_out, NT) - delta_ref[head : head + 1, :])
-                if mask and tiles.kv_ragged:
+                if masks and tiles.kv_ragged:
                     # Keys beyond the last hold anything, NaN too, and dQ sums over them.
                     exists = jax.lax.broadcasted_iota(jnp.int32, d_logits.shape, 0)
                     exists = exists < tiles.kv_len - j * tiles.kv
@@ -129,10 +131,10 @@ def _kernel(
                 d_query_scr[local_i, head] += dot(key_t_scr[u], d_logits, NN)
 
     def interior():
-        all_heads(mask=False)
+        all_heads(masks=False)
 
     def masked():
-        all_heads(mask=True)
+        all_heads(masks=True)
 
     run = runs(tiles, table, b, i, j, j, i)  # not beyond the last block of queries
     if tiles.ever_masked:
@@ -181,9 +183,8 @@ def _kernel(
 
 
 def backward(
-    operands,
-    index,
-    masking,
+    flat: Flat,
+    mask: Mask,
     table: Visits,
     selected,
     d_out,
@@ -201,13 +202,13 @@ def backward(
     """Gradients of all queries, keys and values.
 
     Args:
-      pairs: query token × key token that one head must look at, for the cost estimate.
+      pairs: of a query and a key token that one head must look at, for the cost estimate.
       launches, num_q: calls of the kernel, and blocks of queries in each.
 
     Returns:
-      d_query, d_shared_query or None, KeyGradients.
+      d_query, d_shared_query or None, and the gradients of what the queries attend to.
     """
-    o = operands
+    o, dtype = flat, flat.key.dtype
     batch, kv_len, _ = o.key.shape
     last_j = tiles.num_kv - 1
 
@@ -257,36 +258,26 @@ def backward(
         if x is not None:
             return result_shape(o.query, (batch, length, x.shape[-1]), dtype)
 
-    q_segment, kv_segment = masking.q_segment, masking.kv_segment
-    q_segment_spec = None
-    if tiles.segments:
-        q_segment, kv_segment = q_segment[:, None, :], kv_segment[:, :, None]
-        q_segment_spec = q_lanes(1)
-    read = KeyGradients(o.key, o.value, o.shared_key, o.shared_value)
-    specs_of_read = KeyGradients(*map(kv_rows, read))
+    # Segments as they broadcast to a tile [kv, q].
+    mask = dataclasses.replace(mask, offset=None).map_queries(lambda ids: ids[:, None, :])
+    mask = mask.map_keys(lambda ids: ids[:, :, None])
+    mask_specs = mask.map_queries(lambda _: q_lanes(1)).map_keys(kv_rows)
+    read = KeyOperands(o.key, o.value, o.shared_key, o.shared_value)
+    specs_of_read = KeyOperands(*map(kv_rows, read))
     rows = layout.units + layout.shared
     q_length = num_q * tiles.q if launches > 1 else tiles.q_len
     whole = tiles.num_kv * tiles.kv  # rows that are updated in place fill their blocks
 
-    def launch(first_block, sums: KeyGradients | None):
+    def launch(first_block, sums: KeyOperands | None):
         """Gradients of the queries of `num_q` blocks, and the sums with what they add."""
         prefetched = _Prefetched(table, first_block[None])
-        inputs = (
-            selected,
-            d_out,
-            logsumexp,
-            delta,
-            *read,
-            q_segment,
-            kv_segment,
-            index,
-        )
+        inputs = (selected, d_out, logsumexp, delta, read, mask, o.expert_index)
         before, d_queries = len(jax.tree.leaves((prefetched, inputs))), 1 + layout.shared
-        kv_rows_out, sum_dtype = (kv_len, o.key.dtype) if sums is None else (whole, jnp.float32)
+        kv_rows_out, sum_dtype = (kv_len, dtype) if sums is None else (whole, jnp.float32)
         out_shape = [
-            like(o.query, q_length, o.query.dtype),
-            like(o.shared_query, q_length, o.query.dtype),
-            KeyGradients(*(like(x, kv_rows_out, sum_dtype) for x in read)),
+            like(o.query, q_length, dtype),
+            like(o.shared_query, q_length, dtype),
+            KeyOperands(*(like(x, kv_rows_out, sum_dtype) for x in read)),
         ]
         moved = (selected, d_out, read, o.query, o.shared_query, read)
         return pl.pallas_call(
@@ -299,10 +290,9 @@ def backward(
                     q_rows(d_out),
                     q_lanes(layout.padded_heads),
                     q_lanes(layout.padded_heads),
-                    *specs_of_read,
-                    q_segment_spec,
-                    kv_rows(kv_segment),
-                    read_at_the_end(index),
+                    specs_of_read,
+                    mask_specs,
+                    read_at_the_end(o.expert_index),
                     None if sums is None else specs_of_read,
                 ],
                 out_specs=[
@@ -314,7 +304,7 @@ def backward(
                     pltpu.VMEM((num_q, layout.heads, layout.row, tiles.q), jnp.float32),
                     pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
                     pltpu.VMEM((rows, tiles.kv, layout.row), jnp.float32),
-                    pltpu.VMEM((rows, layout.row, tiles.kv), o.key.dtype),
+                    pltpu.VMEM((rows, layout.row, tiles.kv), dtype),
                     pltpu.VMEM((tiles.kv, tiles.q), jnp.float32) if tiles.ever_masked else None,
                 ],
             ),
@@ -351,4 +341,4 @@ def backward(
         return jnp.moveaxis(x, 0, 1).reshape(batch, -1, x.shape[-1])[:, : tiles.q_len]
 
     d_query, d_shared_query = jax.tree.map(joined, of_queries)
-    return d_query, d_shared_query, jax.tree.map(lambda x: x[:, :kv_len].astype(o.key.dtype), sums)
+    return d_query, d_shared_query, jax.tree.map(lambda x: x[:, :kv_len].astype(dtype), sums)

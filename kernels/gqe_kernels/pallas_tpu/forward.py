@@ -1,13 +1,15 @@
 """The forward kernel: routed selection, online softmax and the sum of slots in one launch."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_tpu.blocks import BlockSizes
 from gqe_kernels.pallas_tpu.cost import FORWARD_PRODUCTS, estimate, visible_pairs
 from gqe_kernels.pallas_tpu.layout import (
@@ -15,6 +17,7 @@ from gqe_kernels.pallas_tpu.layout import (
     LOG2E,
     MASKED,
     NOTHING_SEEN,
+    Flat,
     Layout,
     SlotWriter,
     for_row_chunks,
@@ -25,11 +28,10 @@ from gqe_kernels.pallas_tpu.layout import (
     swap_halves,
     widen,
 )
-from gqe_kernels.pallas_tpu.schedule import Masking, Visits, visits
+from gqe_kernels.pallas_tpu.schedule import Tiles, Visits, visits
 from gqe_kernels.pallas_tpu.tile import (
     NN,
     NT,
-    Tiles,
     dot,
     is_interior,
     mask_bias,
@@ -40,16 +42,8 @@ from gqe_kernels.pallas_tpu.tile import (
 
 def _kernel(
     table: Visits,
-    query_ref,
-    key_ref,
-    value_ref,
-    index_ref,
-    weight_ref,
-    shared_query_ref,
-    shared_key_ref,
-    shared_value_ref,
-    q_segment_ref,
-    kv_segment_ref,
+    refs: Flat,
+    mask: Mask,
     out_ref,
     logsumexp_ref,
     query_scr,
@@ -84,10 +78,10 @@ def _kernel(
             for head in range(layout.heads):
                 if head < layout.hard:
                     group = head // layout.k
-                    index = index_ref[rows, head : head + 1]
-                    x = select_query(layout, query_ref.at[rows], index, group, layout.half(group))
+                    index = refs.expert_index[rows, head : head + 1]
+                    x = select_query(layout, refs.query.at[rows], index, group, layout.half(group))
                 else:
-                    x = widen(layout, shared_query_ref[rows].astype(jnp.float32))
+                    x = widen(layout, refs.shared_query[rows].astype(jnp.float32))
                 query_scr[head, rows] = (x * (scale * LOG2E)).astype(query_scr.dtype)
 
         for_row_chunks(tiles.q, "start_rows", start_rows)
@@ -142,7 +136,7 @@ def _kernel(
             """Heads and rows, with the keys and values that they read."""
             for u in range(layout.units):
                 lanes = pl.ds(u * row, row)
-                key, value = load(key_ref, lanes), load(value_ref, lanes)
+                key, value = load(refs.key, lanes), load(refs.value, lanes)
                 for half in range(layout.groups_per_unit):
                     value_half = beside_ones(value, half)
                     first = (u * layout.groups_per_unit + half) * layout.k
@@ -150,7 +144,7 @@ def _kernel(
                         yield head, key, value_half
             if layout.shared:
                 every = slice(None)
-                key, value = load(shared_key_ref, every), load(shared_value_ref, every)
+                key, value = load(refs.shared_key, every), load(refs.shared_value, every)
                 yield layout.hard, key, beside_ones(value, 0)
 
         def score(head, rows, key):
@@ -180,7 +174,7 @@ def _kernel(
     def masked():
         segments = (None, None)
         if tiles.segments:
-            segments = q_segment_ref[...], kv_segment_ref[...]
+            segments = mask.q_segment_ids[...], mask.kv_segment_ids[...]
         bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=1)
         all_heads("masked")
 
@@ -238,7 +232,7 @@ def _kernel(
                     continue
                 writer.write(head, out)
                 if layout.weighted:
-                    weighted += weight_ref[rows, head : head + 1].astype(jnp.float32) * out
+                    weighted += refs.slot_weight[rows, head : head + 1].astype(jnp.float32) * out
                     if head == layout.hard - 1:
                         writer.write(layout.weighted_slot, weighted)
             # A row that saw nothing gets a logsumexp that makes every probability of it zero.
@@ -253,38 +247,16 @@ def _kernel(
 
 
 def forward(
-    query: Float[Array, "batch q_len experts_lanes"],
-    key: Float[Array, "batch kv_len kv_lanes"],
-    value: Float[Array, "batch kv_len kv_lanes"],
-    index: Int[Array, "batch q_len hard"],
-    weight: Float[Array, "batch q_len hard"] | None,
-    shared_query: Float[Array, "batch q_len head_dim"] | None,
-    shared_key: Float[Array, "batch kv_len row"] | None,
-    shared_value: Float[Array, "batch kv_len row"] | None,
-    masking: Masking,
-    *,
-    layout: Layout,
-    causal: bool,
-    static_offset: int | None,
-    scale: float,
-    blocks: BlockSizes,
+    flat: Flat, mask: Mask, *, layout: Layout, scale: float, blocks: BlockSizes
 ) -> tuple[Float[Array, "batch q_len slot_lanes"], Float[Array, "batch heads q_padded"]]:
     """Slots, flat, and each head's logsumexp in base 2."""
-    batch, q_len, _ = query.shape
-    kv_len = key.shape[1]
-    tiles = Tiles(
-        blocks.q,
-        blocks.kv,
-        q_len,
-        kv_len,
-        causal,
-        segments=masking.q_segment is not None,
-        static_offset=static_offset,
-    )
+    batch, dtype = len(flat.query), flat.query.dtype
+    tiles = Tiles.of(blocks.q, blocks.kv, flat, mask)
     if tiles.diagonal_first:  # the grid itself says what is visited
-        table = Visits(masking.offset, None, None, None, None)
+        offsets = jnp.full((batch, 1), mask.start, jnp.int32)
+        table = Visits(offsets, None, None, None, None)
     else:
-        table = visits(masking, causal, q_len, kv_len, tiles.q, tiles.kv, outer="q")
+        table = visits(mask, tiles, batch, outer="q")
 
     def q_block(i, step):
         return tiles.paired(i, step)[0] if tiles.diagonal_first else i
@@ -309,14 +281,26 @@ def forward(
             (None, tiles.kv, lanes), lambda b, i, j, table: (b, kv_block(b, i, j, table), 0)
         )
 
-    present = lambda x, spec: None if x is None else spec(x.shape[-1])  # noqa: E731
-    q_segment, kv_segment = masking.q_segment, masking.kv_segment
-    kv_segment_spec = None
-    if tiles.segments:
-        q_segment, kv_segment = q_segment[:, :, None], kv_segment[:, None, :]
-        kv_segment_spec = pl.BlockSpec(
-            (None, 1, tiles.kv), lambda b, i, j, table: (b, 0, kv_block(b, i, j, table))
-        )
+    def rows(x, spec):
+        return None if x is None else spec(x.shape[-1])
+
+    specs = Flat(
+        query=rows(flat.query, q_rows),
+        key=rows(flat.key, kv_rows),
+        value=rows(flat.value, kv_rows),
+        expert_index=rows(flat.expert_index, q_rows),
+        slot_weight=rows(flat.slot_weight, q_rows),
+        shared_query=rows(flat.shared_query, q_rows),
+        shared_key=rows(flat.shared_key, kv_rows),
+        shared_value=rows(flat.shared_value, kv_rows),
+    )
+    # Segments as they broadcast to a tile [q, kv].
+    mask = dataclasses.replace(mask, offset=None).map_queries(lambda ids: ids[:, :, None])
+    mask = mask.map_keys(lambda ids: ids[:, None, :])
+    kv_segments = pl.BlockSpec(
+        (None, 1, tiles.kv), lambda b, i, j, table: (b, 0, kv_block(b, i, j, table))
+    )
+    mask_specs = mask.map_queries(lambda _: q_rows(1)).map_keys(lambda _: kv_segments)
     sums = None
     if layout.groups_per_unit == 1:
         sums = pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32)
@@ -326,28 +310,16 @@ def forward(
         bias = pltpu.VMEM(shape, jnp.float32)
     padded = tiles.num_q * tiles.q
     out_shape = [
-        result_shape(query, (batch, q_len, layout.slots * layout.head_dim), query.dtype),
-        result_shape(query, (batch, layout.padded_heads, padded), jnp.float32),
+        result_shape(flat.query, (batch, tiles.q_len, layout.slots * layout.head_dim), dtype),
+        result_shape(flat.query, (batch, layout.padded_heads, padded), jnp.float32),
     ]
-    operands = (query, key, value, index, weight, shared_query, shared_key, shared_value)
-    pairs = visible_pairs(q_len, kv_len, causal, static_offset)
+    pairs = visible_pairs(tiles.q_len, tiles.kv_len, mask)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, *(tiles.pairs if tiles.diagonal_first else (tiles.num_q, tiles.num_kv))),
-            in_specs=[
-                q_rows(query.shape[-1]),
-                kv_rows(key.shape[-1]),
-                kv_rows(value.shape[-1]),
-                q_rows(layout.hard),
-                present(weight, q_rows),
-                present(shared_query, q_rows),
-                present(shared_key, kv_rows),
-                present(shared_value, kv_rows),
-                present(q_segment, q_rows),
-                kv_segment_spec,
-            ],
+            in_specs=[specs, mask_specs],
             out_specs=[
                 q_rows(layout.slots * layout.head_dim),
                 pl.BlockSpec(
@@ -356,7 +328,7 @@ def forward(
                 ),
             ],
             scratch_shapes=[
-                pltpu.VMEM((layout.heads, tiles.q, layout.row), query.dtype),
+                pltpu.VMEM((layout.heads, tiles.q, layout.row), dtype),
                 pltpu.VMEM((layout.heads, tiles.q, layout.row), jnp.float32),
                 pltpu.VMEM((layout.heads, tiles.q, LANES), jnp.float32),
                 sums,
@@ -364,10 +336,10 @@ def forward(
             ],
         ),
         out_shape=out_shape,
-        cost_estimate=estimate(FORWARD_PRODUCTS, pairs, layout, batch, operands, out_shape),
+        cost_estimate=estimate(FORWARD_PRODUCTS, pairs, layout, batch, flat, out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
         ),
         name="gqe_forward",
-    )(table, *operands, q_segment, kv_segment)
+    )(table, flat, mask)

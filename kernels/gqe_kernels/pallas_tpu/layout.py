@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from gqe_kernels.contract import Routed, Slots
+from gqe_kernels.reference import mean_over_groups
 
 LANES = 128
 MASKED = -1e30
@@ -32,6 +36,19 @@ class Layout:
     head_dim: int
     weighted: bool
     shared: bool
+
+    @classmethod
+    def of(cls, routed: Routed) -> "Layout":
+        """The layout in which the kernels read the operands; a head that fits no row is padded."""
+        *_, group, expert, head_dim = routed.query.shape
+        return cls(
+            group=group,
+            expert=expert,
+            k=routed.top_k,
+            head_dim=head_dim if takes(group, head_dim) else -(-head_dim // LANES) * LANES,
+            weighted=routed.slot_weight is not None,
+            shared=routed.shared_query is not None,
+        )
 
     @property
     def groups_per_unit(self) -> int:
@@ -78,6 +95,63 @@ class Layout:
 def takes(group: int, head_dim: int) -> bool:
     """Whether rows of K and V begin at multiples of 128 lanes; otherwise head_dim is padded."""
     return head_dim % LANES == 0 or (head_dim == LANES // 2 and group % 2 == 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """The operands of `Routed` as the kernels read them: heads side by side in the lanes."""
+
+    __no_type_check__ = True  # JAX puts other things than arrays at the leaves of a tree
+
+    query: Float[Array, "batch q_len experts_lanes"]
+    key: Float[Array, "batch kv_len kv_lanes"]
+    value: Float[Array, "batch kv_len kv_lanes"]
+    expert_index: Int[Array, "batch q_len hard"] | None
+    slot_weight: Float[Array, "batch q_len hard"] | None
+    shared_query: Float[Array, "batch q_len head_dim"] | None
+    shared_key: Float[Array, "batch kv_len row"] | None
+    shared_value: Float[Array, "batch kv_len row"] | None
+
+
+def flatten(layout: Layout, routed: Routed) -> Flat:
+    """The operands laid flat: without a copy, unless a head is padded.
+
+    Dense attention selects every expert in order; the means over the groups are made here.
+    """
+    batch, q_len, group, _, head_dim = routed.query.shape
+
+    def heads(x, lanes=layout.head_dim):
+        if x is None:
+            return None
+        if lanes > head_dim:
+            x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, lanes - head_dim),))
+        return x.reshape(*x.shape[:2], -1)
+
+    index = routed.expert_index
+    if index is None:
+        index = lax.broadcasted_iota(jnp.int32, (batch, q_len, group, layout.k), 3)
+    weight = routed.slot_weight
+    shared_key, shared_value = routed.shared_key, routed.shared_value
+    if routed.takes_mean:
+        shared_key, shared_value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+    return Flat(
+        query=heads(routed.query),
+        key=heads(routed.key),
+        value=heads(routed.value),
+        expert_index=index.astype(jnp.int32).reshape(batch, q_len, -1),
+        slot_weight=None if weight is None else weight.reshape(batch, q_len, -1),
+        shared_query=heads(routed.shared_query),
+        shared_key=heads(shared_key, layout.row),
+        shared_value=heads(shared_value, layout.row),
+    )
+
+
+def unflatten_slots(
+    layout: Layout, slots: Float[Array, "batch q_len slot_lanes"], head_dim: int
+) -> Slots:
+    """The slots without the padding of their heads."""
+    return slots.reshape(*slots.shape[:2], layout.slots, layout.head_dim)[..., :head_dim]
 
 
 def half_mask(shape: tuple[int, int], half: int) -> jax.Array:

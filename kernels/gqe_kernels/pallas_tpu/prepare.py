@@ -1,9 +1,10 @@
-"""The first kernel of the backward pass: what every tile of it needs, once for each query.
+"""The first kernel of the backward pass: what its tiles need of each query, computed once.
 
-Per head, the selected and scaled query, the gradient of its output (its hard slot's plus its share
-of the weighted slot's), and delta = sum over lanes of output × gradient; also d(slot_weight).
+For each head, the selected and scaled query, the gradient of its output (its hard slot's plus its
+share of the weighted slot's), and delta = sum over lanes of output × gradient; also d(slot_weight).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from gqe_kernels.pallas_tpu.cost import estimate
 from gqe_kernels.pallas_tpu.layout import (
     LANES,
     LOG2E,
+    Flat,
     Layout,
     for_row_chunks,
     read_slot,
@@ -25,10 +27,7 @@ from gqe_kernels.pallas_tpu.layout import (
 
 
 def _kernel(
-    query_ref,
-    index_ref,
-    weight_ref,
-    shared_query_ref,
+    refs: Flat,
     slots_ref,
     d_slots_ref,
     selected_ref,
@@ -40,7 +39,7 @@ def _kernel(
     scale: float,
     q_len: int,
 ):
-    q, row = index_ref.shape[0], layout.row
+    q, row = refs.expert_index.shape[0], layout.row
     first_row = pl.program_id(1) * q
 
     def prepare_rows(rows, first):
@@ -54,16 +53,16 @@ def _kernel(
             if head < layout.hard:
                 group = head // layout.k
                 slot, half = head, layout.half(group)
-                index = index_ref[rows, head : head + 1]
-                selected = select_query(layout, query_ref.at[rows], index, group, half)
+                index = refs.expert_index[rows, head : head + 1]
+                selected = select_query(layout, refs.query.at[rows], index, group, half)
             else:
                 slot, half = layout.shared_slot, 0
-                selected = widen(layout, shared_query_ref[rows].astype(jnp.float32))
+                selected = widen(layout, refs.shared_query[rows].astype(jnp.float32))
             out = read_slot(layout, slots_ref.at[rows], slot, half)
             d_out = read_slot(layout, d_slots_ref.at[rows], slot, half)
             if layout.weighted and head < layout.hard:
                 d_weighted = read_slot(layout, d_slots_ref.at[rows], layout.weighted_slot, half)
-                d_out += weight_ref[rows, head : head + 1].astype(jnp.float32) * d_weighted
+                d_out += refs.slot_weight[rows, head : head + 1].astype(jnp.float32) * d_weighted
                 d_weight = jnp.sum(out * d_weighted, axis=1, keepdims=True)
                 d_weights = jnp.where(lane == head, d_weight, d_weights)
             delta = jnp.sum(out * d_out, axis=1, keepdims=True)
@@ -79,35 +78,38 @@ def _kernel(
     for_row_chunks(q, "prepare_rows", prepare_rows)
 
 
-def prepare(query, index, weight, shared_query, slots, d_slots, *, layout, scale, q, vmem_bytes):
+def prepare(flat: Flat, slots, d_slots, *, layout: Layout, scale, q: int, vmem_bytes: int):
     """selected and d_out [batch, q_padded, heads * row], delta [batch, heads, q_padded], d_weight.
 
     Rows beyond the last query are zero.
     """
-    batch, q_len, _ = query.shape
-    num_q = -(-q_len // q)
+    batch, q_len, _ = flat.query.shape
+    num_q, weight = -(-q_len // q), flat.slot_weight
+    flat = dataclasses.replace(flat, key=None, value=None, shared_key=None, shared_value=None)
 
     def rows(x):
-        return None if x is None else pl.BlockSpec((None, q, x.shape[-1]), lambda b, i: (b, i, 0))
+        return pl.BlockSpec((None, q, x.shape[-1]), lambda b, i: (b, i, 0))
 
-    heads = result_shape(query, (batch, num_q * q, layout.heads * layout.row), query.dtype)
-    delta = result_shape(query, (batch, layout.padded_heads, num_q * q), jnp.float32)
-    operands = (query, index, weight, shared_query, slots, d_slots)
+    heads = result_shape(
+        flat.query, (batch, num_q * q, layout.heads * layout.row), flat.query.dtype
+    )
+    delta = result_shape(flat.query, (batch, layout.padded_heads, num_q * q), jnp.float32)
     out_shape = [
         heads,
         heads,
         delta,
-        None if weight is None else result_shape(query, weight.shape, weight.dtype),
+        None if weight is None else result_shape(flat.query, weight.shape, weight.dtype),
     ]
+    operands = (flat, slots, d_slots)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, scale=scale, q_len=q_len),
         grid=(batch, num_q),
-        in_specs=[rows(x) for x in operands],
+        in_specs=jax.tree.map(rows, operands),
         out_specs=[
             rows(heads),
             rows(heads),
             pl.BlockSpec((None, layout.padded_heads, q), lambda b, i: (b, 0, i)),
-            rows(weight),
+            None if weight is None else rows(weight),
         ],
         out_shape=out_shape,
         cost_estimate=estimate(0, 0, layout, batch, operands, out_shape),

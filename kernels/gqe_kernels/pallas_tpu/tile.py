@@ -1,13 +1,11 @@
-"""What the forward and the backward kernels do alike with a tile of logits."""
-
-import dataclasses
+"""What the forward and the backward kernel share: products and masks of a tile of logits."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gqe_kernels.pallas_tpu.layout import MASKED
-from gqe_kernels.pallas_tpu.schedule import Visits
+from gqe_kernels.pallas_tpu.schedule import Tiles, Visits
 
 NT = (((1,), (1,)), ((), ()))  # x @ y.T
 NN = (((1,), (0,)), ((), ()))  # x @ y
@@ -19,74 +17,6 @@ def dot(x: jax.Array, y: jax.Array, dimensions) -> jax.Array:
     return lax.dot_general(
         x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """The tiles [q, kv] of one call, and which tests they need."""
-
-    q: int
-    kv: int
-    q_len: int
-    kv_len: int
-    causal: bool
-    segments: bool
-    static_offset: int | None = None  # position of the first query, where it is known
-
-    @property
-    def diagonal_first(self) -> bool:
-        """Whether each block of queries has one block of keys on the diagonal, its last, cut from
-        corner to corner, and sees all of the others: what a prefill is."""
-        offset = self.static_offset
-        return (
-            self.causal
-            and not self.segments
-            and self.q == self.kv
-            and offset is not None
-            and offset >= 0
-            and offset % self.kv == 0
-            and offset + self.q_len <= self.kv_len
-        )
-
-    def paired(self, pair, step):
-        """Of a prefill's grid [pair, step]: the block of queries, and how many blocks of keys stand
-        between its diagonal and the one at hand.
-
-        Blocks i and num_q - 1 - i see num_q + 1 blocks of keys together, whatever i is: as a row of
-        the grid they leave no step empty, and cores share the work evenly. A block in the middle is
-        alone, and steps beyond its keys are empty.
-        """
-        first = pair + 1 + self.static_offset // self.kv
-        second = (step >= first) & (2 * pair + 1 < self.num_q)
-        i = jnp.where(second, self.num_q - 1 - pair, pair)
-        return i, jnp.where(second, step - first, step)
-
-    @property
-    def pairs(self) -> tuple[int, int]:
-        """The size of the grid of `paired`."""
-        seen = self.num_q + 1 if self.num_q > 1 else 1
-        before = self.static_offset // self.kv * min(self.num_q, 2)
-        return -(-self.num_q // 2), seen + before
-
-    @property
-    def num_q(self) -> int:
-        return -(-self.q_len // self.q)
-
-    @property
-    def num_kv(self) -> int:
-        return -(-self.kv_len // self.kv)
-
-    @property
-    def kv_ragged(self) -> bool:
-        return self.kv_len % self.kv != 0
-
-    @property
-    def q_ragged(self) -> bool:
-        return self.q_len % self.q != 0
-
-    @property
-    def ever_masked(self) -> bool:
-        return self.causal or self.segments or self.kv_ragged
 
 
 def runs(tiles: Tiles, visits: Visits, b, i, j, outer, inner) -> jax.Array:
