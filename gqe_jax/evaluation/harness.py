@@ -24,8 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.model.transformer import Transformer
-from gqe_jax.restore import RestoredRun
-from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows, on_mesh
+from gqe_jax.runs import RestoredRun
+from gqe_jax.sharding import RULES, OnMesh, batch_sharding, global_batch, local_rows
 
 _SHORTEST = 32
 _CHUNK = 256  # positions whose logits exist at a time
@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
         def score(params, tokens, targets, counts):
             return continuation_scores(nnx.merge(graphdef, params), tokens, targets, counts)
 
-        self._score = on_mesh(run.mesh, score)
+        self._score = OnMesh(run.mesh, score)
 
     @property
     def eot_token_id(self) -> int:
