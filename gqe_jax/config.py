@@ -4,9 +4,10 @@ An error names the field, its value and what would be right.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
-from gqe_kernels import ImplementationName
+from gqe_jax.errors import UserError
 
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
@@ -15,59 +16,66 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration's field has a value that cannot work."""
 
 
-def _check(condition: bool, field: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field} is {value!r}; {remedy}")
+def _check(config: Any, field: str, is_right: bool, remedy: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{field} is {getattr(config, field)!r}; {remedy}")
 
 
 def _check_positive(config: Any, *fields: str) -> None:
     for field in fields:
-        _check(getattr(config, field) > 0, field, getattr(config, field), "it must be positive")
+        _check(config, field, getattr(config, field) > 0, "it must be positive")
+
+
+def _check_not_negative(config: Any, *fields: str) -> None:
+    for field in fields:
+        _check(config, field, getattr(config, field) >= 0, "it must be >= 0")
 
 
 def _check_choice(config: Any, field: str, choices: Any) -> None:
-    names = ", ".join(get_args(choices))
-    value = getattr(config, field)
-    _check(value in get_args(choices), field, value, f"it must be one of {names}")
+    names = get_args(choices)
+    _check(config, field, getattr(config, field) in names, f"it must be one of {', '.join(names)}")
+
+
+def check_kernel(config: Any) -> None:
+    """Checks that the field `attention_kernel` is None or the name of an implementation."""
+    if config.attention_kernel is not None:
+        _check_choice(config, "attention_kernel", Implementation)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotation, for sequences longer than a model was first trained on."""
+    """Scaling of the rotary embedding, for sequences longer than in the first training."""
 
     kind: RopeScalingKind = "none"
-    """`linear` turns every pair `factor` times slower (arXiv 2306.15595); `llama3` only the pairs
-    of long wavelength, as Llama 3.1 does."""
+    """`linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` only those of long
+    wavelength, as Llama 3.1 does."""
     factor: float = 1.0
-    """How many times slower."""
+    """Divisor of the frequencies."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_length / low_freq_factor turn the whole factor slower."""
+    """llama3: wavelengths above original_length / low_freq_factor are scaled by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_length / high_freq_factor turn as before."""
+    """llama3: wavelengths below original_length / high_freq_factor are not scaled."""
     original_length: int = 8192
     """llama3: the sequence length of the first training."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "kind", RopeScalingKind)
         _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_length")
-        _check(
-            self.high_freq_factor > self.low_freq_factor,
-            "high_freq_factor",
-            self.high_freq_factor,
-            f"it must exceed low_freq_factor ({self.low_freq_factor})",
-        )
+        exceeds = self.high_freq_factor > self.low_freq_factor
+        remedy = f"it must exceed low_freq_factor ({self.low_freq_factor})"
+        _check(self, "high_freq_factor", exceeds, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Geometry of one attention layer (paper.md's symbols: d, N, G, k, D)."""
+    """Geometry of one attention layer."""
 
     variant: Variant = "gqe"
-    """Which slots the output is built of; `gqa` is the dense baseline."""
+    """Which slots the output has; `gqa` is the dense baseline."""
     embed_dim: int = 1024
     """Width of the model, d."""
     num_query_experts: int = 16
@@ -89,45 +97,28 @@ class AttentionConfig:
     qk_norm_epsilon: float = 1e-6
     """Added to the mean square in that norm."""
     router_init_std: float = 0.02
-    """Standard deviation of the router's initial weights. At 0, the authors' choice, every
-    probability ties and every token of the first step takes expert 0 of each group."""
+    """Standard deviation of the router's initial weights. At 0, the authors' choice, all
+    probabilities tie, and every token of the first step selects expert 0 of each group."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "variant", Variant)
         _check_choice(self, "shared_kv", SharedKV)
-        _check_positive(
-            self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k", "rope_theta"
-        )
-        _check_positive(self, "qk_norm_epsilon")
-        if self.head_dim is None:
-            _check(
-                self.embed_dim % self.num_query_experts == 0,
-                "embed_dim",
-                self.embed_dim,
-                f"it must be a multiple of num_query_experts ({self.num_query_experts}), "
-                "or head_dim must be given",
-            )
+        _check_positive(self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k")
+        _check_positive(self, "rope_theta", "qk_norm_epsilon")
+        _check_not_negative(self, "router_init_std")
+        experts, groups = self.num_query_experts, self.num_kv_heads
+        remedy = f"it must be a multiple of num_query_experts ({experts}), or head_dim be given"
+        _check(self, "embed_dim", self.head_dim is not None or not self.embed_dim % experts, remedy)
         head_dim = self.resolved_head_dim
-        _check(
-            head_dim > 0 and head_dim % 2 == 0,
-            "head_dim",
-            head_dim,
-            "rotary embedding rotates pairs, so it must be even and positive",
-        )
-        _check(
-            self.num_query_experts % self.num_kv_heads == 0,
-            "num_query_experts",
-            self.num_query_experts,
-            f"it must be a multiple of num_kv_heads ({self.num_kv_heads})",
-        )
-        _check(
-            self.top_k <= self.experts_per_group,
-            "top_k",
-            self.top_k,
-            f"a group has {self.experts_per_group} experts (num_query_experts / num_kv_heads), "
-            "so it must be at most that",
-        )
-        _check(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be >= 0")
+        if head_dim <= 0 or head_dim % 2:
+            raise ConfigError(
+                f"head_dim is {head_dim}; rotary embedding rotates pairs, so it must be even and "
+                "positive"
+            )
+        remedy = f"it must be a multiple of num_kv_heads ({groups})"
+        _check(self, "num_query_experts", experts % groups == 0, remedy)
+        remedy = f"a group has {experts // groups} experts (num_query_experts / num_kv_heads), so "
+        _check(self, "top_k", self.top_k <= experts // groups, remedy + "it must be at most that")
 
     @property
     def resolved_head_dim(self) -> int:
@@ -189,7 +180,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how."""
+    """The corpus, and how it is read."""
 
     corpus: str = "stdlib"
     """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
@@ -204,13 +195,13 @@ class DataConfig:
     """Batches read ahead."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.corpus), "corpus", self.corpus, "name a corpus or a directory")
+        _check(self, "corpus", bool(self.corpus), "name a corpus or a directory")
         _check_positive(self, "read_threads", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up-stable-decay, ZClip, and the weights of the losses (paper.md, Table 1)."""
+    """AdamW, warm-up-stable-decay schedule, ZClip, and the weights of the losses."""
 
     peak_learning_rate: float = 5e-4
     """Learning rate of the stable phase."""
@@ -219,7 +210,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     """Share of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Share of the steps, at the end, with linear decay; ours: the paper does not publish it."""
+    """Share of the steps, at the end, with linear decay; the paper does not publish its value."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-7
@@ -238,41 +229,29 @@ class OptimizerConfig:
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
-    """Weight of the sum over layers of the router's z-loss; ours, off."""
+    """Weight of the sum over layers of the router's z-loss; not in the paper, off."""
     z_loss_weight: float = 0.0
-    """Weight of the mean squared logsumexp of the vocabulary's logits; ours, off."""
+    """Weight of the mean squared logsumexp of the vocabulary's logits; not in the paper, off."""
     distillation_weight: float = 0.5
-    """Where the run has a teacher: weight of the divergence from its predictions; the text's
-    cross-entropy has the rest."""
+    """In a run with a teacher: weight of the divergence from its predictions; the cross-entropy of
+    the text has one minus that."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
-            value = getattr(self, field)
-            _check(0 <= value <= 1, field, value, "it must be between 0 and 1")
-        _check(
-            self.warmup_fraction + self.decay_fraction <= 1,
-            "warmup_fraction",
-            self.warmup_fraction,
-            f"with decay_fraction ({self.decay_fraction}) it must not exceed 1",
-        )
-        _check(
-            0 <= self.final_learning_rate <= self.peak_learning_rate,
-            "final_learning_rate",
-            self.final_learning_rate,
-            f"it must be between 0 and peak_learning_rate ({self.peak_learning_rate})",
-        )
+            _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
+        fits = self.warmup_fraction + self.decay_fraction <= 1
+        remedy = f"with decay_fraction ({self.decay_fraction}) it must not exceed 1"
+        _check(self, "warmup_fraction", fits, remedy)
+        fits = 0 <= self.final_learning_rate <= self.peak_learning_rate
+        remedy = f"it must be between 0 and peak_learning_rate ({self.peak_learning_rate})"
+        _check(self, "final_learning_rate", fits, remedy)
         for field in ("beta1", "beta2", "zclip_alpha"):
-            value = getattr(self, field)
-            _check(0 <= value < 1, field, value, "it must be at least 0 and less than 1")
-        for field in (
-            "weight_decay",
-            "load_balancing_weight",
-            "router_z_loss_weight",
-            "z_loss_weight",
-        ):
-            _check(getattr(self, field) >= 0, field, getattr(self, field), "it must be >= 0")
+            fits = 0 <= getattr(self, field) < 1
+            _check(self, field, fits, "it must be at least 0 and less than 1")
+        _check_not_negative(self, "weight_decay", "load_balancing_weight")
+        _check_not_negative(self, "router_z_loss_weight", "z_loss_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,13 +269,19 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for field, size in self.sizes.items():
-            _check(size > 0 or size == -1, field, size, "it must be positive, or -1 to fill up")
+            _check(self, field, size > 0 or size == -1, "it must be positive, or -1 to fill up")
         free = [field for field, size in self.sizes.items() if size == -1]
-        _check(len(free) <= 1, ", ".join(free), -1, "at most one axis can be -1")
+        if len(free) > 1:
+            raise ConfigError(f"{', '.join(free)} is -1; at most one axis can be -1")
 
     @property
     def sizes(self) -> dict[str, int]:
         return dataclasses.asdict(self)
+
+    @property
+    def named(self) -> "MeshConfig | None":
+        """The mesh, or None at its default: a command line that names no axis."""
+        return None if self == MeshConfig() else self
 
     def resolve(self, num_devices: int) -> dict[str, int]:
         """The sizes on a machine, -1 filled in.
@@ -305,31 +290,25 @@ class MeshConfig:
           ConfigError: the axes do not multiply to `num_devices`.
         """
         sizes = self.sizes
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size if size != -1 else 1
-        _check(
-            fixed <= num_devices,
-            "mesh",
-            sizes,
-            f"it needs {fixed} devices and there are {num_devices}: make an axis smaller",
-        )
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if fixed > num_devices:
+            raise ConfigError(
+                f"mesh is {sizes!r}; it needs {fixed} devices and there are {num_devices}: make an "
+                "axis smaller"
+            )
         for field, size in sizes.items():
             if size == -1:
-                _check(
-                    num_devices % fixed == 0,
-                    f"mesh.{field}",
-                    size,
-                    f"the other axes take {fixed} devices, which does not divide {num_devices}",
-                )
-                sizes[field] = num_devices // fixed
-                return sizes
-        _check(
-            fixed == num_devices,
-            "mesh",
-            sizes,
-            f"it uses {fixed} of {num_devices} devices: set one axis to -1 to use all",
-        )
+                if num_devices % fixed:
+                    raise ConfigError(
+                        f"mesh.{field} is -1; the other axes take {fixed} devices, which does not "
+                        f"divide {num_devices}"
+                    )
+                return sizes | {field: num_devices // fixed}
+        if fixed < num_devices:
+            raise ConfigError(
+                f"mesh is {sizes!r}; it uses {fixed} of {num_devices} devices: set one axis to -1 "
+                "to use all"
+            )
         return sizes
 
 
@@ -355,9 +334,9 @@ class RunConfig:
     """An implementation of `gqe_kernels.routed_attention` to train with; None: the best that is
     known to work on the platform. `pallas_gpu`, for Hopper, is taken by name only."""
     accumulation_steps: int = 1
-    """Parts of the batch whose gradients are added up one after the other, to save memory."""
+    """Parts of the batch, computed one after the other to save memory; gradients are summed."""
     seed: int = 0
-    """Of the initial parameters and of the order of the data."""
+    """Seed of the initial parameters and of the order of the data."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 1000
@@ -367,33 +346,18 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step, and the best one evaluated, are always saved."""
     keep_checkpoints: int = 3
-    """Latest checkpoints that are kept, beside the one with the lowest held-out loss."""
+    """Latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.run_dir), "run_dir", self.run_dir, "name a directory")
-        _check_positive(
-            self,
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "accumulation_steps",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        )
-        _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
-        if self.attention_kernel is not None:
-            _check_choice(self, "attention_kernel", ImplementationName)
-        _check(
-            self.eval_batches is None or self.eval_batches > 0,
-            "eval_batches",
-            self.eval_batches,
-            "it must be positive, or None for all",
-        )
-        _check(
-            self.batch_size % self.accumulation_steps == 0,
-            "batch_size",
-            self.batch_size,
-            f"it must be a multiple of accumulation_steps ({self.accumulation_steps})",
-        )
+        _check(self, "run_dir", bool(self.run_dir), "name a directory")
+        _check_positive(self, "steps", "batch_size", "sequence_length", "accumulation_steps")
+        _check_positive(self, "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+        _check_not_negative(self, "seed")
+        check_kernel(self)
+        if self.eval_batches is not None and self.eval_batches <= 0:
+            raise ConfigError(
+                f"eval_batches is {self.eval_batches}; it must be positive, or None for all"
+            )
+        divides = self.batch_size % self.accumulation_steps == 0
+        remedy = f"it must be a multiple of accumulation_steps ({self.accumulation_steps})"
+        _check(self, "batch_size", divides, remedy)

@@ -22,15 +22,12 @@ import numpy as np
 from gqe_jax.config import ConfigError
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from gqe_jax.errors import DataError
 from gqe_jax.storage import file_sizes, is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
 SPLITS = ("train", "validation")
-
-
-class DataError(ValueError):
-    """A corpus, or what it is to be made from, cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +215,14 @@ class Split:
         return [np.frombuffer(data, self._dtype) for data in found]
 
 
+def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
+    """Loads the tokenizer that a corpus was made with, with the token that ends its documents."""
+    is_byte = manifest.tokenizer == BYTE
+    tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE)
+    tokenizer.end_of_document = manifest.end_of_document
+    return tokenizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """An opened corpus."""
@@ -243,10 +248,8 @@ class Corpus:
         return cls(directory, manifest, fingerprint, *splits)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was made with."""
-        if self.manifest.tokenizer == BYTE:
-            return load_tokenizer(BYTE)
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
+        """Loads the tokenizer that the corpus was made with."""
+        return corpus_tokenizer(self.directory, self.manifest)
 
     def check(self, *, vocab_size: int, sequence_length: int) -> None:
         """Whether a model can be trained on it.

@@ -16,19 +16,13 @@ import tyro
 from flax import nnx
 
 from gqe_jax.commands import parse, run_command
-from gqe_jax.config import (
-    ConfigError,
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    RunConfig,
-)
+from gqe_jax.config import ConfigError, DataConfig, Dtype, ModelConfig, RunConfig
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.interop import hf_config
 from gqe_jax.interop.layout import abstract_params, read_params
-from gqe_jax.interop.runs import SPREAD, write_run
 from gqe_jax.interop.tensors import Tensors, WeightsError
+from gqe_jax.runs import SPREAD, write_run
 from gqe_jax.sharding import make_mesh, shardings
 
 GQE = "gqe"
