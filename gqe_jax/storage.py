@@ -38,7 +38,7 @@ def location(name: str | os.PathLike) -> pathlib.Path | UPath:
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'gqe-jax[{extra}]'" if extra else str(error)
-        raise ConfigError(f"{text!r} needs what is not installed: {remedy}") from error
+        raise ConfigError(f"{text!r} needs a missing package: {remedy}") from error
     return UPath(text)
 
 

@@ -38,7 +38,7 @@ class Difference:
 
 
 def evaluate_tasks(config: EvalConfig) -> str:
-    """Scores the runs, writes the JSON and returns the tables.
+    """Evaluates the runs, writes the JSON file and returns the tables as text.
 
     Raises:
       ConfigError: the extra `eval` is not installed, or a task is unknown.

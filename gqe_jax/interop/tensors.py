@@ -21,7 +21,7 @@ _FLOATS = ("F32", "BF16", "F16")  # each exact in float32
 
 
 class WeightsError(UserError, ValueError):
-    """Weights, or the configuration beside them, cannot be used."""
+    """Weights or their configuration cannot be used."""
 
 
 class Tensors:

@@ -343,9 +343,7 @@ def test_remedies_of_an_evaluation_leave_out_what_is_of_training():
     scored = dataclasses.replace(SMALL, accumulation_steps=1)
     scored = dataclasses.replace(scored, model=dataclasses.replace(SMALL.model, remat="keep_dots"))
     found = "; ".join(remedies(scored, {"data": 2, "fsdp": 1, "context": 1, "tensor": 1}, "eval"))
-    assert found.startswith(
-        "--batch-size 2 (a sequence on a chip at a time, where now there are 4)"
-    )
+    assert found.startswith("--batch-size 2 (one sequence per chip at a time, now 4)")
     assert "accumulation" not in found
     assert "remat" not in found
 
