@@ -98,16 +98,13 @@ class Checkpoints:
     def save(
         self, state: TrainState, config: RunConfig, fingerprint: str, eval_loss: float | None
     ) -> int:
-        """Starts an asynchronous write; the arrays may be donated once this returns.
+        """Starts an asynchronous write and returns the step; the arrays may be donated thereafter.
 
         Args:
           state: the state after `state.step` steps.
           config: the run's configuration.
           fingerprint: the corpus's fingerprint.
           eval_loss: held-out loss of these parameters, if they were evaluated.
-
-        Returns:
-          The step.
         """
         step = int(state.step)
         self._manager.save(

@@ -113,7 +113,7 @@ def _at_target(logits: Array, targets: Array, axes: _Axes) -> Array:
 
 
 def _most_probable(logits: Array, axes: _Axes) -> Array:
-    """The token with the largest logit, the first of those that tie."""
+    """The token with the largest logit; the first one if several tie."""
     token = jnp.argmax(logits, axis=-1) + _first_token(logits, axes)
     if not axes.vocab:
         return token
@@ -123,7 +123,7 @@ def _most_probable(logits: Array, axes: _Axes) -> Array:
 
 
 def _first_token(logits: Array, axes: _Axes) -> Array | int:
-    """The token of the first of a device's logits."""
+    """The token id of the first logit in a device's shard of the vocabulary."""
     return jax.lax.axis_index(axes.vocab) * logits.shape[-1] if axes.vocab else 0
 
 
