@@ -1,4 +1,4 @@
-"""Corpora of tokens: preparing them, reading them, and the order in which training sees them."""
+"""Token corpora: preparing and reading them, and the order in which training visits them."""
 
 from gqe_jax.data.corpus import Corpus, DataError, Split
 from gqe_jax.data.pipeline import evaluation_batches, training_batches, window_indices
