@@ -111,8 +111,8 @@ def _sums_over_chunks(
     per_token: tuple[Array, ...],
     fixed: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """Sums `one_chunk(axes, hidden, table, *per_token, *fixed)` over chunks of `chunk` positions, with
-    gradients for `table` and `hidden` only.
+    """Sums `one_chunk(axes, hidden, table, *per_token, *fixed)` over chunks of `chunk` positions;
+    only `table` and `hidden` have gradients.
 
     Args:
       per_token: further arrays [batch, length, ...] to be cut into chunks.
