@@ -2,7 +2,7 @@
 
 `manifest.json` names the tokenizer and lists each split's shards with their lengths and SHA-256
 checksums. A shard holds little-endian uint16 or uint32 tokens and no header. Local shards are
-memory-mapped; an object store is asked for the byte ranges of all rows of a batch at once.
+memory-mapped; from an object store the rows of a batch are fetched concurrently, as byte ranges.
 """
 
 import bisect
@@ -190,7 +190,7 @@ class Split:
         return self.read_many([start], length)[0]
 
     def read_many(self, starts: Sequence[int], length: int) -> list[np.ndarray]:
-        """Calls `read` for each start; an object store is read in one request."""
+        """Reads `length` tokens from each start; from an object store concurrently."""
         pieces = [self._pieces(int(start), length) for start in starts]
         read = iter(self._read_pieces(list(itertools.chain(*pieces))))
         rows = [list(itertools.islice(read, len(piece))) for piece in pieces]
