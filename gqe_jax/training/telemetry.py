@@ -37,7 +37,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None if unknown."""
+    """Peak bfloat16 FLOP/s of a device, or None where it is not known."""
     kind = device.device_kind
     matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
