@@ -140,7 +140,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def on_mesh[Result](mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
-    """Wraps `function` so that it runs under `jax.set_mesh(mesh)`."""
+    """`function`, called with the mesh set, so that what it traces can name mesh axes."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):

@@ -30,7 +30,7 @@ SPLITS = ("train", "validation")
 
 
 class DataError(ValueError):
-    """A corpus, or the text or tokenizer to make one from, cannot be used."""
+    """A corpus, or what it is to be made from, cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)

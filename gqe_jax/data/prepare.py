@@ -126,7 +126,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
     """Writes the corpus and returns its manifest; an interrupted or failed run leaves no output.
 
     Raises:
-      DataError: the input matches no file or cannot be read, the output exists, or a split is
+      DataError: the input matches nothing or cannot be read, the output exists, or a split is
         empty.
       ValueError: the tokenizer cannot be read.
     """

@@ -47,7 +47,7 @@ class FileTokenizer:
       end_of_document: the token that ends a document; None: the first known of `_END_OF_DOCUMENT`.
 
     Raises:
-      ValueError: the file is not a tokenizer, or has no such token.
+      ValueError: the file is no tokenizer, or has no such token.
     """
 
     def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
@@ -85,7 +85,7 @@ def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None)
     """Loads `byte` or a tokenizer.json.
 
     Raises:
-      ValueError: the file does not exist or is not a tokenizer.
+      ValueError: there is no such file, or it is no tokenizer.
     """
     if str(name) == BYTE:
         return ByteTokenizer()

@@ -23,29 +23,29 @@ PRIMARY = ("acc_norm", "acc", "exact_match")
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-    """Evaluate one run, or compare two, on tasks of the harness."""
+    """Score one run, or two side by side, on the harness's tasks."""
 
     run_dirs: tyro.conf.Positional[tuple[str, ...]]
-    """Directory of the run, or of two runs to compare."""
+    """Directory of the run, or of two."""
     tasks: str
     """Names of tasks, groups or tags of the harness, separated by commas."""
     num_fewshot: int | None = None
-    """Number of few-shot examples; None: the task's default."""
+    """Solved examples before each question; None: as the task says."""
     limit: float | None = None
-    """Use the first examples of each task only: a number, or a fraction below 1; None: all."""
+    """The first examples of each task: a number, or a share below 1; None: all."""
     include_path: str | None = None
-    """A directory with your own task files (YAML)."""
+    """A directory with task files (YAML) of your own."""
     output: pathlib.Path | None = None
-    """The JSON file to write; None: evaluation.json in the (first) run's directory."""
+    """The JSON that is written; None: evaluation.json in the (first) run's directory."""
     batch_size: int = 32
-    """Sequences per batch, over all devices."""
+    """Rows at once, over all devices."""
     max_length: int | None = None
-    """Maximum tokens of context and answer; longer contexts are truncated on the left. None: the
-    run's sequence_length."""
+    """Tokens of context and answer, beyond which a context is cut from the left; None: the
+    sequence length of the run's training."""
     step: int | Literal["latest", "best"] = "latest"
-    """The checkpoint; `best` has the lowest held-out loss in training."""
+    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
     tokenizer: str | None = None
-    """`byte` or a tokenizer.json; None: the run's tokenizer."""
+    """`byte` or a tokenizer.json; None: the run's."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Difference:
 
 
 def evaluate_tasks(config: TasksConfig) -> str:
-    """Evaluates the runs, writes the JSON file and returns the tables as text.
+    """Scores the runs, writes the JSON and returns the tables.
 
     Raises:
       ConfigError: the extra `eval` is not installed, or a task is unknown.

@@ -19,7 +19,7 @@ _FLOATS = ("F32", "BF16", "F16")  # each exact in float32
 
 
 class WeightsError(ValueError):
-    """Weights, or the configuration that belongs to them, cannot be used."""
+    """Weights, or the configuration beside them, cannot be used."""
 
 
 class Tensors:
