@@ -1,6 +1,6 @@
-"""Configuration: frozen dataclasses, checked once, at construction.
+"""Configuration as frozen dataclasses, which are checked at construction.
 
-An error names the field, its value and what would be right.
+Errors name the field, its value and the valid values.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration's field has a value that cannot work."""
+    """A field of a configuration has an invalid value."""
 
 
 def _check(config: Any, field: str, is_right: bool, remedy: str) -> None:
@@ -43,12 +43,12 @@ def _check_choice(config: Any, field: str, choices: Any) -> None:
 def check_kernel(config: Any) -> None:
     """Checks that the field `attention_kernel` is None or the name of an implementation."""
     if config.attention_kernel is not None:
-        _check_choice(config, "attention_kernel", Implementation)
+        _check_choice(config, "attention_kernel", ImplementationName)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the rotary embedding, for sequences longer than in the first training."""
+    """Scaling of the rotary embedding, for sequences longer than in pre-training."""
 
     kind: RopeScalingKind = "none"
     """`linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` only those of long
@@ -60,7 +60,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     """llama3: wavelengths below original_length / high_freq_factor are not scaled."""
     original_length: int = 8192
-    """llama3: the sequence length of the first training."""
+    """llama3: the sequence length of pre-training."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "kind", RopeScalingKind)
@@ -75,27 +75,27 @@ class AttentionConfig:
     """Geometry of one attention layer."""
 
     variant: Variant = "gqe"
-    """Which slots the output has; `gqa` is the dense baseline."""
+    """The slots from which the output is projected; `gqa` is the dense baseline."""
     embed_dim: int = 1024
     """Width of the model, d."""
     num_query_experts: int = 16
-    """Routed query-head experts, N; the query heads of the dense baseline."""
+    """Number of routed query-head experts, N; the query heads of the dense baseline."""
     num_kv_heads: int = 8
-    """Groups, each with one key/value head, G."""
+    """Number of groups, each with one key/value head, G."""
     top_k: int = 1
-    """Experts active in each group for each token, k."""
+    """Active experts per group and token, k."""
     head_dim: int | None = None
     """Width of a head, D; None: embed_dim / num_query_experts."""
     shared_kv: SharedKV = "mean"
-    """What the shared head attends to: the mean over groups of K and V, group 0's, or its own."""
+    """Keys and values of the shared head: the mean over groups, those of group 0, or its own."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
     rope_scaling: RopeScaling = RopeScaling()
     qk_norm: bool = False
-    """RMSNorm of every query and key over head_dim, before the rotary embedding, as in Qwen3: one
-    scale for all query heads, the shared one too, and one for all keys."""
+    """Apply RMSNorm over head_dim to queries and keys before the rotary embedding, as in Qwen3. All
+    query heads, the shared one included, have one scale, and all key heads another."""
     qk_norm_epsilon: float = 1e-6
-    """Added to the mean square in that norm."""
+    """Epsilon of QK-norm."""
     router_init_std: float = 0.02
     """Standard deviation of the router's initial weights. At 0, the authors' choice, all
     probabilities tie, and every token of the first step selects expert 0 of each group."""
@@ -132,14 +132,14 @@ class AttentionConfig:
 
     @property
     def num_slots(self) -> int:
-        """Slots of width head_dim that enter W_O."""
+        """The number of slots of width head_dim that the output projection reads."""
         if self.variant == "gqa":
             return self.num_query_experts
         return self.top_k * self.num_kv_heads + (2 if self.variant == "gqe" else 0)
 
     @property
     def num_active_heads(self) -> int:
-        """Query-attention computations a token pays for."""
+        """The number of query heads that are computed for a token."""
         if self.variant == "gqa":
             return self.num_query_experts
         return self.top_k * self.num_kv_heads + (1 if self.variant == "gqe" else 0)
@@ -151,22 +151,22 @@ class ModelConfig:
 
     attention: AttentionConfig = AttentionConfig()
     num_layers: int = 16
-    """Decoder blocks."""
+    """Number of decoder blocks."""
     mlp_dim: int = 3072
     """Hidden width of SwiGLU."""
     vocab_size: int = 50304
-    """Rows of the embedding: at least the tokenizer's vocabulary."""
+    """Rows of the embedding; at least the tokenizer's vocabulary size."""
     tied_embedding: bool = True
-    """The embedding also gives the logits; False: the logits have a table of their own."""
+    """Use the embedding for the logits too; False: the logits have their own table."""
     norm_epsilon: float = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """Epsilon of RMSNorm."""
     embedding_init_std: float = 0.02
     """Standard deviation of the initial embedding."""
     dtype: Dtype = "bfloat16"
-    """Type of activations and matrix products; parameters, router and loss are float32."""
+    """Dtype of activations and matrix products; parameters, router and loss are float32."""
     remat: Remat = "keep_dots"
-    """What each block's forward pass keeps for its backward pass: all activations, the outputs of
-    the matrix products with weights, or only the block's input."""
+    """Activations that each block saves for its backward pass: all, the outputs of matrix products
+    with weights, or only the block's input."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")
@@ -180,19 +180,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The corpus, and how it is read."""
+    """The corpus, and options for reading it."""
 
     corpus: str = "stdlib"
     """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
     `python -m gqe_jax.data.prepare`."""
     document_masking: bool = False
-    """Keep attention inside documents: each document of a window is a segment."""
+    """Restrict attention to documents: each document of a window is a segment."""
     verify_checksums: bool = True
-    """Read the corpus once at the start and compare checksums; sizes are always compared."""
+    """Read the corpus once at the start and verify its checksums; sizes are always verified."""
     read_threads: int = 4
-    """Threads that read batches ahead."""
+    """Number of threads that read batches ahead."""
     prefetch: int = 8
-    """Batches read ahead."""
+    """Number of batches to read ahead."""
 
     def __post_init__(self) -> None:
         _check(self, "corpus", bool(self.corpus), "name a corpus or a directory")
@@ -206,26 +206,26 @@ class OptimizerConfig:
     peak_learning_rate: float = 5e-4
     """Learning rate of the stable phase."""
     final_learning_rate: float = 1e-5
-    """Floor, reached at the last step."""
+    """Learning rate at the last step."""
     warmup_fraction: float = 0.1
-    """Share of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
+    """Fraction of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Share of the steps, at the end, with linear decay; the paper does not publish its value."""
+    """Fraction of the steps, at the end, with linear decay; the paper does not give its value."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-7
     weight_decay: float = 0.1
-    """Decoupled decay of all parameters but the norms' scales."""
+    """Decoupled weight decay of all parameters except the scales of norms."""
     zclip: bool = True
     """Clip gradient norms adaptively (arXiv 2504.02507); False: only at `clip_cap`."""
     zclip_alpha: float = 0.97
-    """Smoothing of ZClip's mean and variance."""
+    """Decay of ZClip's running mean and variance."""
     zclip_threshold: float = 2.5
     """z-score above which a gradient norm is a spike."""
     zclip_warmup_steps: int = 25
     """Steps whose norms initialise ZClip's mean and variance."""
     clip_cap: float = 1.0
-    """Absolute cap of the gradient norm."""
+    """Upper bound of the gradient norm."""
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
@@ -233,8 +233,8 @@ class OptimizerConfig:
     z_loss_weight: float = 0.0
     """Weight of the mean squared logsumexp of the vocabulary's logits; not in the paper, off."""
     distillation_weight: float = 0.5
-    """In a run with a teacher: weight of the divergence from its predictions; the cross-entropy of
-    the text has one minus that."""
+    """With a teacher: weight w of the KL divergence from its predictions; the cross-entropy has
+    weight 1 - w."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
@@ -256,10 +256,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh's axes; at most one is -1, which takes what is left."""
+    """Sizes of the device mesh's axes; one may be -1, which takes the remaining devices."""
 
     data: int = -1
-    """Copies of the model; each takes a part of the batch."""
+    """Replicas of the model; each takes a part of the batch."""
     fsdp: int = 1
     """Shards of parameters and optimizer state; each takes a part of the batch."""
     context: int = 1
@@ -284,7 +284,7 @@ class MeshConfig:
         return None if self == MeshConfig() else self
 
     def resolve(self, num_devices: int) -> dict[str, int]:
-        """The sizes on a machine, -1 filled in.
+        """The sizes for `num_devices` devices, with -1 replaced.
 
         Raises:
           ConfigError: the axes do not multiply to `num_devices`.
@@ -314,39 +314,39 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a training run depends on."""
+    """The complete configuration of a training run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     teacher: str | None = None
-    """Run directory of a model whose predictions this one also learns (distillation)."""
+    """Run directory of a teacher, from which this model is distilled."""
     run_dir: str = "runs/default"
-    """Where config.json, checkpoints, metrics and the report go; a run found there is resumed."""
+    """Directory of config.json, checkpoints, metrics and the report; an existing run is resumed."""
     steps: int = 28610
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     batch_size: int = 512
-    """Sequences in a step, over all devices."""
+    """Sequences per step, over all devices."""
     sequence_length: int = 2048
-    """Tokens that a sequence predicts."""
+    """Predicted tokens per sequence."""
     attention_kernel: str | None = None
-    """An implementation of `gqe_kernels.routed_attention` to train with; None: the best that is
-    known to work on the platform. `pallas_gpu`, for Hopper, is taken by name only."""
+    """The implementation of `gqe_kernels.routed_attention` for training; None: the best that is
+    known to work on the platform. `pallas_gpu`, for Hopper, must be named."""
     accumulation_steps: int = 1
-    """Parts of the batch, computed one after the other to save memory; gradients are summed."""
+    """Number of microbatches per step, whose gradients are accumulated to save memory."""
     seed: int = 0
     """Seed of the initial parameters and of the order of the data."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between records of metrics."""
     eval_every: int = 1000
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     eval_batches: int | None = 64
-    """Batches of held-out text in an evaluation, the first ones; None: all."""
+    """Number of held-out batches per evaluation, from the start of the split; None: all."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step, and the best one evaluated, are always saved."""
+    """Steps between checkpoints; the last step and the best evaluated step are always saved."""
     keep_checkpoints: int = 3
-    """Latest checkpoints to keep, besides the one with the lowest held-out loss."""
+    """Number of latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
         _check(self, "run_dir", bool(self.run_dir), "name a directory")

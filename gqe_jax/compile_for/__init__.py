@@ -20,11 +20,11 @@ class CompileOptions:
     compile_step: Step = "train"
     """The step that trains, or the step that scores held-out text."""
     num_slices: int = 1
-    """Slices of that kind, joined by the data-center network; the data axis spans them."""
+    """Number of slices, joined by the data-center network; the data axis spans them."""
     sweep_meshes: int = 0
-    """Compile for up to this many shapes of the mesh, and rank them; a compile takes minutes."""
+    """Compile for up to this many mesh shapes and rank them; each takes minutes."""
     json: pathlib.Path | None = None
-    """A file for the figures."""
+    """A file to write the figures to."""
 
     def __post_init__(self) -> None:
         for field, least in (("num_slices", 1), ("sweep_meshes", 0)):

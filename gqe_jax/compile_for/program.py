@@ -98,7 +98,7 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     stats = compiled.memory_analysis()
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    if peak > topology.chip.hbm_bytes:  # the compiler lets a little more than there is pass
+    if peak > topology.chip.hbm_bytes:  # the compiler accepts programs slightly above the limit
         lack = f"it takes {peak / GIB:.1f} GiB of {topology.chip.hbm_bytes / GIB:.0f} GiB"
         within = _largest_of_program(program)
         todo = remedies(config, dict(mesh.shape), step)
@@ -183,7 +183,7 @@ def _arrays_of_jaxpr(jaxpr: Any, parts: int) -> dict[str, float]:
             aval = variable.aval
             if hasattr(aval, "shape") and hasattr(aval.dtype, "itemsize"):
                 name = f"{equation.primitive.name} {aval.dtype}{list(aval.shape)}"
-                name += ", if split over all chips" if parts > 1 else ""
+                name += ", if sharded over all chips" if parts > 1 else ""
                 sizes[name] = math.prod(aval.shape) * aval.dtype.itemsize / parts
         within = 1 if equation.primitive.name == "shard_map" else parts
         for value in jax.tree.leaves(tuple(equation.params.values())):
@@ -194,9 +194,9 @@ def _arrays_of_jaxpr(jaxpr: Any, parts: int) -> dict[str, float]:
 
 
 def _refusal(topology: Topology, lack: str, state, within, todo: list[str]) -> str:
-    lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays are"]
-    for title, arrays in (("what the step is given", state), ("what it computes", within)):
-        lines.append(f"  of {title}:")
+    lines = [f"does not fit {topology.name}: {lack} on each chip. The largest arrays:"]
+    for title, arrays in (("arguments", state), ("intermediate arrays", within)):
+        lines.append(f"  {title}:")
         for name, size in sorted(arrays, key=lambda item: -item[1])[:4]:
             lines.append(f"    {size / GIB:8.2f} GiB  {name}")
     return "\n".join([*lines, f"To make it fit: {'; '.join(todo)}"])
@@ -212,7 +212,7 @@ def remedies(config: RunConfig, mesh: dict[str, int], step: Step) -> list[str]:
             "train": f"--accumulation-steps {config.accumulation_steps * rows}",
             "eval": f"--batch-size {copies}",
         }[step]
-        found.append(f"{fewer} (a sequence on a chip at a time, where now there are {rows})")
+        found.append(f"{fewer} (one sequence per chip at a time, now {rows})")
     if step == "train" and config.model.remat != "keep_nothing":
         found.append(f"--model.remat keep_nothing (now {config.model.remat})")
     if mesh["data"] > 1:

@@ -24,30 +24,30 @@ class EvalConfig:
     run_dirs: tyro.conf.Positional[tuple[str, ...]]
     """Directory of the run; with `tasks`, of one run, or of two to compare."""
     step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    """The checkpoint; `best` has the lowest held-out loss in training."""
     batch_size: int | None = None
-    """Sequences at once, over all devices; None: the run's on held-out text, 32 on tasks."""
+    """Sequences per batch, over all devices; None: the run's on held-out text, 32 on tasks."""
     split: Literal["train", "validation"] = "validation"
-    """Held-out text: what is scored."""
+    """Held-out text: the split to score."""
     batches: int | None = None
-    """Held-out text: the most batches; None: the whole split."""
+    """Held-out text: maximum number of batches; None: the whole split."""
     sequence_length: int | None = None
-    """Held-out text: tokens of a window; None: the run's."""
+    """Held-out text: tokens per window; None: the run's."""
     attention_kernel: str | None = None
     """Held-out text: the attention kernel; None: the best for the platform."""
     tasks: str | None = None
     """Names of tasks, groups or tags of the lm-evaluation-harness, separated by commas."""
     num_fewshot: int | None = None
-    """Tasks: solved examples before each question; None: as the task says."""
+    """Tasks: number of few-shot examples; None: the task's default."""
     limit: float | None = None
-    """Tasks: the first examples of each, a number or a share below 1; None: all."""
+    """Tasks: use the first examples only, a number or a fraction below 1; None: all."""
     include_path: str | None = None
-    """Tasks: a directory with task files (YAML) of your own."""
+    """Tasks: a directory with your own task files (YAML)."""
     output: pathlib.Path | None = None
     """Tasks: the JSON file to write; None: evaluation.json in the (first) run's directory."""
     max_length: int | None = None
-    """Tasks: tokens of context and answer, beyond which a context is cut from the left; None: the
-    sequence length of the run's training."""
+    """Tasks: maximum tokens of context and answer; longer contexts are truncated on the left. None:
+    the run's sequence_length."""
     tokenizer: str | None = None
     """Tasks: `byte` or a tokenizer.json; None: the run's."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -94,10 +94,10 @@ class RunEvaluation:
 
 
 def defaults_for(run_dir: str | os.PathLike) -> EvalConfig:
-    """Returns the evaluation of a run as its own configuration has it, by the rules of `runs`.
+    """Returns the default evaluation of a run, from its own configuration by the rules of `runs`.
 
     Raises:
-      CheckpointError: there is no such run.
+      CheckpointError: the run has no checkpoint.
     """
     run = Run.find(run_dir)
     return EvalConfig(

@@ -1,10 +1,10 @@
-"""Writes a run's weights for other projects.
+"""Exports a run's weights for other projects.
 
     python -m gqe_jax.interop.export_weights runs/mine --output DIR
 
-DIR gets config.json, safetensors and the run's tokenizer.json. A model with variant `gqa` becomes
-a Llama, or with QK-norm a Qwen3, that `transformers` loads. A routed one has the authors' names in
-its attention and Llama's around it (`gqe_jax.interop.layout`), and our ModelConfig in config.json.
+DIR receives config.json, safetensors files and the run's tokenizer.json. A model with variant `gqa`
+becomes a Llama, or with QK-norm a Qwen3, that `transformers` loads. In a routed model the attention
+has the authors' tensor names and the rest Llama's; config.json holds our ModelConfig.
 """
 
 import dataclasses
@@ -35,20 +35,20 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Write a run's weights for other projects."""
+    """Export a run's weights for other projects."""
 
     run_dir: tyro.conf.Positional[pathlib.Path]
     """Directory of the run."""
     output: pathlib.Path
     """Directory to create."""
     step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    """The checkpoint; `best` has the lowest held-out loss in training."""
     dtype: Dtype = "float32"
-    """Of the numbers in the files; float32 loses nothing, bfloat16 nothing of an imported one."""
+    """Dtype of the files; float32 is exact, bfloat16 is exact for weights imported in bfloat16."""
     max_position_embeddings: int | None = None
-    """Longest sequence that config.json claims; None: the run's sequence_length."""
+    """Maximum sequence length in config.json; None: the run's sequence_length."""
     max_shard_bytes: int = 5_000_000_000
-    """Weights of more bytes are split into several files."""
+    """Maximum bytes of a file; larger weights are split into several files."""
 
     def __post_init__(self) -> None:
         for field in ("max_position_embeddings", "max_shard_bytes"):
@@ -57,7 +57,7 @@ class ExportConfig:
 
 
 def export_weights(config: ExportConfig) -> None:
-    """Writes the directory.
+    """Writes the output directory.
 
     Raises:
       CheckpointError: the run has no such checkpoint.
@@ -92,7 +92,7 @@ def export_weights(config: ExportConfig) -> None:
 
 
 def _end_of_document(tokenizer: pathlib.Path | None) -> int | None:
-    """The token that ends a text, if the tokenizer has one of the usual names."""
+    """The end-of-document token; None if the tokenizer has none of the common ones."""
     try:
         return None if tokenizer is None else load_tokenizer(tokenizer).end_of_document
     except ValueError:

@@ -1,10 +1,10 @@
-"""Makes a run directory of weights from elsewhere.
+"""Imports weights into a run directory.
 
     python -m gqe_jax.interop.import_weights DIR --output runs/mine
 
-DIR has config.json and safetensors: a Llama or Qwen3 as Hugging Face writes it, which becomes a
-model with variant `gqa`, or a GQE model as `gqe_jax.interop.export_weights` writes it (paper.md's
-Interchange). Then `eval.py runs/mine`, `train.py runs/mine`, `upcycle runs/mine` go on from there.
+DIR holds config.json and safetensors files: a Llama or Qwen3 in Hugging Face's format, which
+becomes a model with variant `gqa`, or a GQE model written by `gqe_jax.interop.export_weights`. The
+run directory is then an input of `train.py`, `eval.py` and `gqe_jax.interop.upcycle`.
 """
 
 import dataclasses
@@ -26,31 +26,31 @@ from gqe_jax.runs import SPREAD, write_run
 from gqe_jax.sharding import make_mesh, shardings
 
 GQE = "gqe"
-"""`model_type` of config.json for the authors' layout; our ModelConfig is its field `model`."""
+"""`model_type` in config.json of a GQE model, whose ModelConfig is the field `model`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-    """Make a run directory of weights from elsewhere."""
+    """Import weights into a run directory."""
 
     weights: tyro.conf.Positional[pathlib.Path]
-    """Directory with config.json, safetensors and, if there is one, tokenizer.json."""
+    """Directory with config.json, safetensors and, optionally, tokenizer.json."""
     output: pathlib.Path
     """Run directory to create."""
     corpus: str | None = None
-    """What the run evaluates and trains on, prepared with this tokenizer; None: corpora/ and the
-    output's name."""
+    """Corpus for training and evaluation, prepared with this tokenizer; None: corpora/NAME, with
+    the output's name."""
     sequence_length: int = 2048
-    """Tokens of the run's windows; at most what the model was trained on."""
+    """Tokens per window; at most the sequence length that the model was trained with."""
     dtype: Dtype = "bfloat16"
-    """Type of activations and matrix products; parameters are float32."""
+    """Dtype of activations and matrix products; parameters are float32."""
 
 
 def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.State]:
-    """The configuration and parameters of a model in safetensors, over all devices.
+    """The configuration and parameters of a model in safetensors, sharded over all devices.
 
     Raises:
-      WeightsError: names the field or the tensor that cannot be used, and its file.
+      WeightsError: a field or tensor cannot be used; names it and its file.
     """
     values = hf_config.read_config(directory)
     try:
@@ -66,10 +66,10 @@ def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.
 
 
 def import_weights(config: ImportConfig) -> RunConfig:
-    """Writes the run directory; returns its configuration.
+    """Writes the run directory and returns its configuration.
 
     Raises:
-      WeightsError: as `read_model`.
+      WeightsError: a field or tensor cannot be used; names it and its file.
       DataError: the output exists.
     """
     model, params = read_model(config.weights, config.dtype)
@@ -82,14 +82,14 @@ def import_weights(config: ImportConfig) -> RunConfig:
     tokenizer = config.weights / TOKENIZER_FILE
     write_run(run, params, tokenizer if tokenizer.is_file() else None)
     count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{config.output}: {model.attention.variant}, {count:,} parameters of {config.weights}")
+    print(f"{config.output}: {model.attention.variant}, {count:,} parameters from {config.weights}")
     if tokenizer.is_file():
         print(
-            f"a corpus for it: python -m gqe_jax.data.prepare --tokenizer "
+            f"to prepare its corpus: python -m gqe_jax.data.prepare --tokenizer "
             f"{config.output / TOKENIZER_FILE} --output {run.data.corpus} --input ..."
         )
     else:
-        print(f"{config.weights} has no {TOKENIZER_FILE}: its corpus must be of the same tokens")
+        print(f"{config.weights} has no {TOKENIZER_FILE}; the corpus must use the same tokens")
     return run
 
 

@@ -1,4 +1,4 @@
-"""Writes the page of some runs: `python -m gqe_jax.report RUN_DIR [RUN_DIR ...]`."""
+"""Writes the report of runs: `python -m gqe_jax.report RUN_DIR [RUN_DIR ...]`."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ from gqe_jax.training.checkpoint import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Show how runs learn and route: one HTML page, and its pictures as PNG files."""
+    """Report how runs learn and route: one HTML page, and its plots as PNG files."""
 
     run_dirs: tyro.conf.Positional[tuple[str, ...]]
     """Directories of the runs."""
@@ -27,9 +27,9 @@ class ReportConfig:
     text_file: pathlib.Path | None = None
     """A file of text to route instead."""
     max_tokens: int = 4096
-    """The most tokens of the text."""
+    """Maximum number of tokens of the text."""
     step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint routes it; `best` has the lowest held-out loss."""
+    """The checkpoint; `best` has the lowest held-out loss."""
     corpus: str | None = None
     """Source of the tokenizer and of the held-out text; None: each run's own."""
     output: pathlib.Path | None = None
@@ -104,8 +104,8 @@ def main() -> None:
         ReportConfig,
         sys.argv[1:],
         prog="python -m gqe_jax.report",
-        description="Show how runs learn and route: writes one self-contained HTML page, and its "
-        "pictures as PNG files.",
+        description="Report how runs learn and route: writes one self-contained HTML page, and its "
+        "plots as PNG files.",
     )
     print(run_command(lambda: write_report(config)))
 

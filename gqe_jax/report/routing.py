@@ -1,4 +1,4 @@
-"""The experts that a run's checkpoint chooses for each token of a text."""
+"""The experts that a run's checkpoint selects for each token of a text."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ class RoutedText:
 
     config: AttentionConfig
     step: int
-    """The checkpoint's."""
+    """The checkpoint's step."""
     tokens: Int[np.ndarray, "token"]
     texts: list[str]
     """The characters that each token completes; empty where it only begins one."""
@@ -48,12 +48,12 @@ def route_text(
       run_dir: the run's directory.
       text: the text to route; None: the beginning of the corpus's held-out split.
       step: a checkpoint's number, `latest` or `best`.
-      max_tokens: the most tokens of the text; the rest is left out.
+      max_tokens: maximum number of tokens; the rest of the text is dropped.
       corpus: the source of the tokenizer and the held-out text; None: the run's own.
-      mesh: the devices' mesh; None: the run's, where it fits the devices.
+      mesh: the device mesh; None: the run's, if it fits the devices.
 
     Returns:
-      The routing; None for the dense baseline, which has none.
+      The routing; None for the dense baseline.
 
     Raises:
       CheckpointError: the run has no such checkpoint.
@@ -123,7 +123,7 @@ def _read_tokens(
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     """Returns the characters that each token completes, given the tokens before it.
 
-    A character of several tokens belongs to the last of them. The end of a document is shown as a
+    A character of several tokens belongs to the last of them. An end-of-document token becomes a
     symbol.
     """
     tokens = [int(token) for token in tokens]

@@ -51,7 +51,7 @@ class Checkpoints:
         loss_of = lambda metrics: metrics[_METRIC]  # noqa: E731
         best = BestN(
             get_metric_fn=loss_of,
-            reverse=True,  # Orbax keeps the last of the sorted
+            reverse=True,  # Orbax sorts by the metric and keeps the last
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -88,7 +88,7 @@ class Checkpoints:
             self._manager.close()
 
     def latest(self) -> int | None:
-        """The last step that was saved."""
+        """The last saved step; None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
@@ -98,12 +98,12 @@ class Checkpoints:
     def save(
         self, state: TrainState, config: RunConfig, fingerprint: str, eval_loss: float | None
     ) -> int:
-        """Starts to write the state; the arrays may be donated when this returns.
+        """Starts an asynchronous write and returns the step; the arrays may be donated thereafter.
 
         Args:
-          state: after `state.step` steps.
-          config: the run's.
-          fingerprint: the corpus's.
+          state: the state after `state.step` steps.
+          config: the run's configuration.
+          fingerprint: the corpus's fingerprint.
           eval_loss: held-out loss of these parameters, if they were evaluated.
         """
         step = int(state.step)
@@ -134,7 +134,7 @@ class Checkpoints:
         return from_dict(RunConfig, run["config"]), run["corpus"]
 
     def check_fits(self, step: int, config: RunConfig, fingerprint: str) -> None:
-        """Checks that a run of `config` on this corpus can go on from the checkpoint.
+        """Checks that a run of `config` on this corpus can resume from the checkpoint.
 
         A checkpoint of `save_weights` needs only the same model.
 
@@ -186,10 +186,10 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
 
     def resolve(self, step: int | str) -> int:
-        """A saved step, by its number, `latest` or `best`.
+        """The number of a saved step, given by its number, `latest` or `best`.
 
         Raises:
-          CheckpointError: there is none; names those there are.
+          CheckpointError: there is no such step; names the saved ones.
         """
         steps = sorted(self._manager.all_steps())
         found = {"latest": self.latest(), "best": self.best()}.get(step, step)
@@ -205,9 +205,9 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             earlier = [saved for saved in self._manager.all_steps() if saved < step]
             remedy = (
-                f"delete that directory to go on from step {max(earlier)}"
+                f"delete that directory to resume from step {max(earlier)}"
                 if earlier
-                else "delete that directory to start anew: there is no earlier one"
+                else "delete that directory to start over; there is no earlier checkpoint"
             )
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be read ({reason}); if it is "

@@ -198,7 +198,7 @@ class _Loop:
         self.config, self.corpus, self.steps = config, corpus, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
-        self.unsettled: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         # Only one host fetches the file from a bucket.
         lines = read_metrics(config.run_dir) if processes.is_first() else []
         scored = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -231,19 +231,19 @@ class _Loop:
             state, metrics = self.steps.train_step(state, batch)
             step += 1
             self.telemetry.advance()
-            self.settle(keep=1)
-            self.unsettled.append((step, metrics))
+            self.log_pending(keep=1)
+            self.pending.append((step, metrics))
         if not last:
-            self.telemetry.say(f"stopped at step {step}; the same command goes on from there")
+            self.telemetry.say(f"stopped at step {step}; the same command resumes from there")
         return state
 
-    def settle(self, keep: int = 0) -> None:
+    def log_pending(self, keep: int = 0) -> None:
         """Waits for the metrics of all but the last `keep` steps, checks them, and logs them.
 
         One step stays in flight, so that the device never waits for the host.
         """
-        while len(self.unsettled) > keep:
-            step, metrics = self.unsettled.popleft()
+        while len(self.pending) > keep:
+            step, metrics = self.pending.popleft()
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(value := float(metrics[name])):
                     raise NonFiniteLossError(self._non_finite(step, name, value))
@@ -268,7 +268,7 @@ class _Loop:
         return (
             f"{name} is {value} at step {step} (batch {step - 1}: windows {shown} of the train "
             f"split); {saved} in {self.checkpoints.directory}. Resuming repeats the same batches: "
-            "lower optimizer.peak_learning_rate or look at these windows"
+            "lower optimizer.peak_learning_rate or inspect these windows"
         )
 
     def evaluate(self, state: TrainState, step: int) -> bool:
@@ -277,7 +277,7 @@ class _Loop:
         Returns:
           Whether this step has the lowest loss so far.
         """
-        self.settle()
+        self.log_pending()
         if step not in self.eval_loss:
             begun = time.perf_counter()
             result = evaluate(
@@ -307,7 +307,7 @@ class _Loop:
 
     def save(self, state: TrainState, step: int) -> None:
         """Checkpoints the state, after checking that the loss is finite."""
-        self.settle()
+        self.log_pending()
         if self.checkpoints.latest() == step:
             return
         begun = time.perf_counter()

@@ -24,7 +24,7 @@ from gqe_kernels import Implementation
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A trained model whose predictions a run learns."""
+    """A trained model that a run distils."""
 
     graphdef: nnx.GraphDef
     params: nnx.State
@@ -132,7 +132,7 @@ def make_steps(
     implementation: Implementation | None = None,
     teacher: Teacher | None = None,
 ) -> Steps:
-    """Compiles nothing yet: returns the functions that train and evaluate `config` on `mesh`.
+    """Returns the jitted functions that train and evaluate `config` on `mesh`.
 
     Args:
       config: the run; its sizes must divide over the mesh (`sharding.check_divides`).

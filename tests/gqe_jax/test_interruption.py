@@ -58,7 +58,7 @@ def test_interrupted_run_is_bit_identical_after_a_restart(
     if number == signal.SIGTERM:
         assert process.returncode == 0, output
         assert "SIGTERM: saving" in output
-        assert "the same command goes on from there" in output or "step 30/30" in output
+        assert "the same command resumes from there" in output or "step 30/30" in output
     else:
         assert process.returncode in (-signal.SIGKILL, 0), output
 

@@ -165,7 +165,7 @@ def test_a_truncated_checkpoint_is_named_with_a_way_on(corpus, tmp_path):
         if "/d/" in path.as_posix():
             os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
-        CheckpointError, match=r"checkpoints/14 cannot be read .*go on from step 10"
+        CheckpointError, match=r"checkpoints/14 cannot be read .*resume from step 10"
     ):
         train(dataclasses.replace(config, steps=20), stream=io.StringIO())
 
