@@ -29,9 +29,8 @@ from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
 from gqe_jax.model import attention
 from gqe_jax.model.transformer import Transformer
-from kernels.benchmarks.gpu_compile import H200
+from gqe_kernels.chips import CHIPS, H200_TARGET
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 Projected = dict[str, jax.Array]
 
 
@@ -82,10 +81,10 @@ def device(chip: str) -> jax.Device:
     """One that need not be here."""
     if chip == "h200":
         topology = topologies.get_topology_desc(
-            topology_name="", topology="1x1x1", platform="cuda", target_config=H200
+            topology_name="", topology="1x1x1", platform="cuda", target_config=H200_TARGET
         )
     else:
-        topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
+        topology = topologies.get_topology_desc(topology_name=CHIPS[chip].topology, platform="tpu")
     return topology.devices[0]
 
 
@@ -176,7 +175,7 @@ def gpu_cells(compiled: jax.stages.Compiled, tokens: int) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", nargs="+", choices=[*TOPOLOGIES, "h200"], default=["v5e"])
+    parser.add_argument("--chip", nargs="+", choices=[*CHIPS, "h200"], default=["v5e"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     options = parser.parse_args(arguments)

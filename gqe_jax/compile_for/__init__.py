@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 
 from gqe_jax.compile_for import meshes
-from gqe_jax.compile_for.chips import get_topology
 from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
 from gqe_jax.compile_for.report import as_json, as_text
+from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.config import ConfigError, RunConfig
 
 __all__ = [

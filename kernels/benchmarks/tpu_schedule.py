@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gqe_kernels.chips import CHIPS
 from kernels.benchmarks.schedule import report
 from kernels.benchmarks.schedule.bundles import ScheduleError
-from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import DENSE, GQE, SPLASH, Comparison, compare
 from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gqe_kernels.chips import chip
 from kernels.benchmarks import tpu_schedule
 from kernels.benchmarks.schedule import cases, report
 from kernels.benchmarks.schedule.bundles import ScheduleError, parse_program, regions
-from kernels.benchmarks.schedule.chips import chip
 from kernels.benchmarks.schedule.compare import Comparison
 from kernels.benchmarks.schedule.compiler import _take_labels, load
 from kernels.benchmarks.schedule.cost import cost

@@ -138,7 +138,7 @@ def gqe(
       blocks: fields of `pallas_tpu.BlockSizes` that differ from the chip's defaults.
     """
     layout = Layout(groups, experts, k, head_dim, weighted=other_slots, shared=other_slots)
-    sizes = default_block_sizes(layout, length, length, 2, chip=chip.removeprefix("tpu"))
+    sizes = default_block_sizes(layout, length, length, 2, chip=chip)
     if sizes is None:
         raise ValueError(f"head_dim is {head_dim}; the kernel has no block sizes that fit in VMEM")
     sizes = dataclasses.replace(sizes, **blocks)

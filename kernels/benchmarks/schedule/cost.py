@@ -4,9 +4,9 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from gqe_kernels.chips import chip
 from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
 from kernels.benchmarks.schedule.cases import Case
-from kernels.benchmarks.schedule.chips import chip
 from kernels.benchmarks.schedule.compiler import build, schedule
 
 # Units that the dump counts as loads and stores of registers that the compiler ran out of.

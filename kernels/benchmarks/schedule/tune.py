@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from gqe_kernels.chips import CHIPS
 from gqe_kernels.pallas_tpu.blocks import TABLE
 from kernels.benchmarks.schedule import cases
-from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import GQE
 from kernels.benchmarks.schedule.compiler import OutOfVmemError, schedule, versions
 from kernels.benchmarks.schedule.cost import cost
@@ -15,8 +15,6 @@ from kernels.benchmarks.schedule.cost import cost
 FORWARD = tuple(
     {"q": rows, "kv": rows, "strip": strip} for rows, strip in ((512, 256), (512, 128), (256, 256))
 )
-# A matrix unit of 256 columns has room beside a head of 128 for a column that sums the row.
-WIDE = ("v6e", "tpu7x")
 
 
 def tune(
@@ -36,10 +34,12 @@ def tune(
     table = {}
     with ThreadPoolExecutor(jobs) as pool:
         for chip, head_dim in itertools.product(CHIPS, head_dims):
-            sums = (False, True) if chip in WIDE and head_dim == 128 else (chip in WIDE,)
+            # A matrix unit of 256 columns has room beside a head of 128 for a column of ones.
+            wide = CHIPS[chip].mxu_size == 256
+            sums = (False, True) if wide and head_dim == 128 else (wide,)
             forward = [x | {"row_sum_on_mxu": on} for x in FORWARD for on in sums]
             tried = _cycles(pool, chip, head_dim, lengths, forward)
-            entry = table.setdefault(chip.removeprefix("tpu"), {})[str(head_dim)] = {}
+            entry = table.setdefault(chip, {})[str(head_dim)] = {}
             for length in lengths:
                 blocks, cycles = min(tried, key=lambda x: x[1][length])
                 entry[str(length)] = blocks
