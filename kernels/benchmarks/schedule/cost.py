@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from gqe_kernels.chips import chip
 from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
-from kernels.benchmarks.schedule.cases import Case
+from kernels.benchmarks.schedule.cases import ScheduledCall
 from kernels.benchmarks.schedule.compiler import build, schedule
 
 # Units that the dump counts as loads and stores of registers that the compiler ran out of.
@@ -92,7 +92,7 @@ def measure(case: str, chip_name: str, options: Mapping[str, int | bool]) -> Cos
     """Compiles a case and counts its cycles.
 
     Args:
-      case: "module:function" of a function that returns a `Case`.
+      case: "module:function" of a function that returns a `ScheduledCall`.
 
     Raises:
       CompileError: the compiler refused the kernel.
@@ -107,7 +107,7 @@ def cost(
     name: str,
     chip_name: str,
     options: Mapping[str, int | bool],
-    case: Case,
+    case: ScheduledCall,
     *,
     same_grid: bool = True,
 ) -> Cost:
