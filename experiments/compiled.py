@@ -5,7 +5,7 @@
     python -m experiments.compiled attention
 
 Each row is `python train.py NAME --compile-for SLICE ...`, a minute or two on two cores. What has
-been compiled is kept, so that a table that was cut short goes on; delete the file to begin anew.
+been compiled is kept, so that an interrupted table continues; delete the file to begin anew.
 """
 
 import dataclasses
@@ -14,15 +14,18 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError
+from gqe_kernels.chips import GIB
 
 Table = Literal["slices", "context", "attention"]
-GIB = 2**30
+Figures = dict[str, Any] | str  # where the step does not fit, the first line of the message
 CONFIGURATIONS = (
     *("gqe_250m", "gqa_250m", "gqe_1b", "gqa_1b", "gqe_7b", "gqe_7b_top2", "gqa_7b"),
     "gqe_7b_128k",
@@ -33,7 +36,7 @@ CONTEXT = (
     *((1, 8, "v5p:2x2x2"), (2, 8, "v5p:2x2x4"), (4, 8, "v5p:2x4x4"), (8, 8, "v5p:4x4x4")),
     *((16, 8, "v5p:4x4x8"), (64, 2, "v5p:4x4x8")),
 )
-# Length, sequences in 4.2M tokens, shards of each.
+# Length, sequences of it in 4.2M tokens, and the context axis.
 LENGTHS = ((2048, 2048, 1), (8192, 512, 1), (32_768, 128, 4), (131_072, 32, 16))
 
 
@@ -48,41 +51,79 @@ class CompiledConfig:
     """What has been compiled, by command."""
 
 
-def run_table(config: CompiledConfig) -> str:
-    """The table as Markdown."""
+def compile_by_command(*arguments: str) -> Figures:
+    """The figures of `train.py *arguments` that the tables and comparisons need."""
+    print(f"python train.py {' '.join(arguments)}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "figures.json"
+        done = subprocess.run(
+            [sys.executable, "train.py", *arguments, "--json", str(path)],
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return quoted(json.loads(path.read_text()))
+    refusals = [line for line in done.stderr.splitlines() if "does not fit" in line]
+    if not refusals:
+        raise RuntimeError(f"train.py {' '.join(arguments)} failed:\n{done.stderr}")
+    return refusals[0].removeprefix("error: ").split(" on each chip")[0]
+
+
+def quoted(figures: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a step's figures; the command says the rest."""
+    memory, estimate = figures["memory"], figures["estimate"]
+    times = ("seconds", "tokens_per_second", "model_flop_utilisation", "bound_by")
+    return {
+        "mesh": {axis: size for axis, size in figures["mesh"].items() if size > 1},
+        "hbm_bytes_of_chip": figures["hbm_bytes_of_chip"],
+        "memory": {name: size for name, size in memory.items() if name != "largest"},
+        "product_flops": figures["product_flops"],
+        "kernel_flops": sum(figures["kernel_flops"].values()),
+        "hbm_traffic_bytes": figures["hbm_traffic_bytes"],
+        "collective_bytes": {
+            f"{each['kind']} over {each['axes']}": round(each["bytes"])
+            for each in figures["collectives"]
+        },
+        "estimate": {name: estimate[name] for name in times},
+    }
+
+
+def run_table(
+    config: CompiledConfig, compile_step: Callable[..., Figures] = compile_by_command
+) -> str:
+    """The table as Markdown.
+
+    Args:
+      compile_step: the figures of `train.py` with these arguments, for the rows that are missing.
+
+    Raises:
+      ConfigError: rows are missing, and the others were compiled by other versions.
+    """
+    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+    kept = {"versions": versions, "compiled": {}}
+    if config.kept.exists():
+        kept = json.loads(config.kept.read_text())
+
+    def figures(*arguments: str) -> Figures:
+        command = " ".join(arguments)
+        if command not in kept["compiled"]:
+            if kept["versions"] != versions:
+                raise ConfigError(
+                    f"{config.kept} lacks a row, and is of {kept['versions']}, not {versions}: "
+                    "delete it to compile all rows"
+                )
+            kept["compiled"][command] = compile_step(*arguments)
+            part = config.kept.with_suffix(".part")
+            part.write_text(json.dumps(kept, indent=1) + "\n")
+            part.replace(config.kept)
+        return kept["compiled"][command]
+
     rows = {"slices": _slices, "context": _context, "attention": _attention}[config.table]
-    return "\n".join(rows(config.kept))
+    return "\n".join(rows(figures))
 
 
-def compiled(kept: pathlib.Path, *arguments: str) -> dict[str, Any] | str:
-    """The figures of `train.py *arguments`; where it does not fit, the message's first line."""
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    command = " ".join(arguments)
-    if command not in known:
-        print(f"python train.py {command}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory() as directory:
-            figures = pathlib.Path(directory) / "figures.json"
-            found = subprocess.run(
-                [sys.executable, "train.py", *arguments, "--json", str(figures)],
-                text=True,
-                capture_output=True,
-                check=False,
-            )
-            if found.returncode == 0:
-                known[command] = json.loads(figures.read_text())
-                del known[command]["config"]  # the command says it
-            elif "does not fit" in found.stderr:
-                refusals = [line for line in found.stderr.splitlines() if "does not fit" in line]
-                known[command] = refusals[0].removeprefix("error: ").split(" on each chip")[0]
-            else:
-                raise RuntimeError(f"train.py {command} failed:\n{found.stderr}")
-        part = kept.with_suffix(".part")
-        part.write_text(json.dumps(known, indent=1) + "\n")
-        part.replace(kept)
-    return known[command]
-
-
-def _slices(kept: pathlib.Path) -> Iterator[str]:
+def _slices(compiled: Callable[..., Figures]) -> Iterator[str]:
     yield (
         "| configuration | slices | mesh | state | temporaries | peak of HBM | products | kernels "
         "| at best | bound by |"
@@ -91,30 +132,30 @@ def _slices(kept: pathlib.Path) -> Iterator[str]:
     for name in CONFIGURATIONS:
         for topology, count in SLICES:
             several = ("--num-slices", str(count)) if count > 1 else ()
-            found = compiled(kept, name, "--compile-for", topology, *several)
+            found = compiled(name, "--compile-for", topology, *several)
             place = f"`{name}` | {f'{count} × ' if count > 1 else ''}{topology}"
             if isinstance(found, str):
                 yield f"| {place} | {found} |" + " |" * 7
                 continue
             memory, guess = found["memory"], found["estimate"]
-            axes = (f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+            products, kernels = (found[f"{kind}_flops"] / 1e12 for kind in ("product", "kernel"))
+            axes = (f"{axis} {size}" for axis, size in found["mesh"].items())
             state = (memory["parameters"] + memory["optimizer"]) / GIB
             yield (
                 f"| {place} | {', '.join(axes)} | {state:.1f} GiB "
                 f"| {memory['temporaries'] / GIB:.1f} GiB "
                 f"| {memory['peak'] / GIB:.1f} of {found['hbm_bytes_of_chip'] / GIB:.0f} GiB "
-                f"| {found['product_flops'] / 1e12:.0f} TFLOP | {_kernels(found) / 1e12:.0f} TFLOP "
+                f"| {products:.0f} TFLOP | {kernels:.0f} TFLOP "
                 f"| {guess['seconds']:.2f} s, {guess['tokens_per_second'] / 1e3:,.0f}k tokens/s, "
                 f"{guess['model_flop_utilisation']:.0%} of the peak | {guess['bound_by']} |"
             )
 
 
-def _context(kept: pathlib.Path) -> Iterator[str]:
+def _context(compiled: Callable[..., Figures]) -> Iterator[str]:
     yield "| context | fsdp | slice | peak of HBM | × context | kernels |"
     yield "|---|---|---|---|---|---|"
     for context, fsdp, topology in CONTEXT:
         found = compiled(
-            kept,
             *("gqe_7b_128k", "--compile-for", topology, "--mesh.data", "1"),
             *("--mesh.fsdp", str(fsdp), "--mesh.context", str(context)),
             *("--batch-size", str(fsdp), "--accumulation-steps", "1"),
@@ -125,11 +166,11 @@ def _context(kept: pathlib.Path) -> Iterator[str]:
         peak = found["memory"]["peak"] / GIB
         yield (
             f"| {context} | {fsdp} | {topology} | {peak:.1f} GiB | {peak * context:.0f} GiB "
-            f"| {_kernels(found) / 1e12:.0f} TFLOP |"
+            f"| {found['kernel_flops'] / 1e12:.0f} TFLOP |"
         )
 
 
-def _attention(kept: pathlib.Path) -> Iterator[str]:
+def _attention(compiled: Callable[..., Figures]) -> Iterator[str]:
     yield (
         "| tokens | attention, GQE | attention, dense | ratio | step, GQE | step, dense | ratio |"
         "\n|---|---|---|---|---|---|---|"
@@ -138,23 +179,18 @@ def _attention(kept: pathlib.Path) -> Iterator[str]:
         flops, seconds = [], []
         for name in ("gqe_7b", "gqa_7b"):
             found = compiled(
-                kept,
                 *(name, "--compile-for", "v5p:4x4x8", "--sequence-length", str(length)),
                 *("--batch-size", str(batch), "--mesh.fsdp", str(32 if context < 16 else 8)),
                 *("--mesh.context", str(context), "--mesh.data", "-1"),
                 *("--accumulation-steps", str(4 if context < 16 else 2)),
             )
-            flops.append(_kernels(found) / 1e12)
+            flops.append(found["kernel_flops"] / 1e12)
             seconds.append(found["estimate"]["seconds"])
         yield (
             f"| {length:,} | {flops[0]:.0f} TFLOP | {flops[1]:.0f} TFLOP "
             f"| {flops[1] / flops[0]:.2f} | {seconds[0]:.2f} s | {seconds[1]:.2f} s "
             f"| {seconds[1] / seconds[0]:.2f} |"
         )
-
-
-def _kernels(found: dict[str, Any]) -> float:
-    return sum(found["kernel_flops"].values())
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gqe_jax.compile_for import hlo
-from gqe_jax.compile_for.chips import GIB, Topology, get_topology
 from gqe_jax.compile_for.collectives import collectives
 from gqe_jax.compile_for.costs import count
 from gqe_jax.compile_for.estimate import estimate, with_links
+from gqe_jax.compile_for.topology import Topology, get_topology
 from gqe_jax.config import MeshConfig
 from gqe_jax.model.sharded_attention import sharded_routed_attention
 from gqe_jax.sharding import make_mesh
+from gqe_kernels.chips import GIB
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.forward import forward
 from gqe_kernels.pallas_tpu.layout import Layout

@@ -1,19 +1,20 @@
 """Decoding speed of GQE against dense GQA: tokens a second of whole models, on this device.
 
-    python -m experiments.decode --json kernels/benchmarks/results/decode.json
+    python -m experiments.decode --context 2048 --json experiments/results/decode.json
     python -m experiments.decode --batch 1 16 --context 2048 --dtype bfloat16
 
-The models differ in the variant alone and take turns, so that what else the machine does falls on
+The models differ in the variant alone and alternate, so that what else the machine does falls on
 both. Weights are random and the cache holds `context` random keys and values for each row.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import platform
-import statistics
+import sys
 import time
+from collections.abc import Callable
+from typing import Literal
 
 import flax
 import jax
@@ -21,8 +22,36 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import CONFIGS
-from gqe_jax.config import ModelConfig
+from gqe_jax.commands import parse
+from gqe_jax.config import ConfigError, ModelConfig
 from gqe_jax.model.transformer import Transformer, unrolled
+from kernels.benchmarks.speed.timing import spread
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Compare the decoding of the two variants."""
+
+    config: str = "gqe_250m"
+    """The configuration; its variant and dtype change."""
+    batch: tuple[int, ...] = (1, 8)
+    """Rows."""
+    context: tuple[int, ...] = (1024,)
+    """Tokens in the cache."""
+    steps: int = 8
+    """Tokens of a row in one measurement."""
+    rounds: int = 7
+    """Measurements of each variant."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """None: float32 on a CPU, else bfloat16."""
+    json: pathlib.Path | None = None
+    """Where the results go."""
+
+    def __post_init__(self) -> None:
+        if self.config not in CONFIGS:
+            raise ConfigError(f"config is {self.config!r}; it must be one of {', '.join(CONFIGS)}")
+        if self.rounds < 2:
+            raise ConfigError(f"rounds is {self.rounds}; a spread needs at least 2")
 
 
 class Decoder:
@@ -65,16 +94,23 @@ class Decoder:
         return self.steps * self.batch / seconds
 
 
-def compare(config: ModelConfig, batch: int, context: int, steps: int, rounds: int) -> dict:
-    """Medians and quartiles of both variants, and the median of the rounds' ratios."""
+def compare(
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    steps: int,
+    rounds: int,
+    decoder: Callable[[ModelConfig, int, int, int], Decoder] = Decoder,
+) -> dict:
+    """Medians and quartiles of both variants' speeds, and of the rounds' ratios."""
     decoders, speeds = {}, {}
     for variant in ("gqe", "gqa"):
         attention = dataclasses.replace(config.attention, variant=variant)
         model = dataclasses.replace(config, attention=attention)
-        decoders[variant], speeds[variant] = Decoder(model, batch, context, steps), []
+        decoders[variant], speeds[variant] = decoder(model, batch, context, steps), []
     for _ in range(rounds):
-        for variant, decoder in decoders.items():
-            speeds[variant].append(decoder.run())
+        for variant, each in decoders.items():
+            speeds[variant].append(each.run())
     ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
     return {
         "batch": batch,
@@ -86,25 +122,13 @@ def compare(config: ModelConfig, batch: int, context: int, steps: int, rounds: i
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return dict(zip(("q1", "median", "q3"), (round(q, 4) for q in quartiles), strict=True))
+    return {name: round(value, 4) for name, value in spread(values).items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="gqe_250m", choices=sorted(CONFIGS))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="rows")
-    parser.add_argument(
-        "--context", type=int, nargs="+", default=[1024], help="tokens in the cache"
-    )
-    parser.add_argument("--steps", type=int, default=8, help="tokens of a row in one measurement")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each variant")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU")
-    parser.add_argument("--json", type=pathlib.Path, help="where the results go")
-    options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"rounds is {options.rounds}; a spread needs at least 2")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(DecodeConfig, given, prog="python -m experiments.decode", description=__doc__)
     device = jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     config = dataclasses.replace(CONFIGS[options.config].model, dtype=dtype)

@@ -11,12 +11,13 @@ query's too, in one matrix. The router stays apart in all three: it is a float32
 highest precision, and in one bfloat16 product with the others it would select other experts.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +26,26 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from configs import CONFIGS
+from gqe_jax.commands import parse
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
 from gqe_jax.model import attention
 from gqe_jax.model.transformer import Transformer
-from kernels.benchmarks.gpu_compile import H200
+from gqe_kernels.chips import CHIPS, H200_TARGET
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 Projected = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionsConfig:
+    """Compile each form of the projections."""
+
+    chip: tuple[Literal["v5e", "v5p", "v6e", "tpu7x", "h200"], ...] = ("v5e",)
+    """What to compile for."""
+    batch: int = 16
+    """Sequences."""
+    length: int = 2048
+    """Tokens of each."""
 
 
 def by_group(layer: attention.GroupedQueryExperts, x: jax.Array) -> Projected:
@@ -71,7 +84,7 @@ MERGED_BY_XLA = {"xla_gpu_dot_merger_threshold_mb": 512}
 def with_projections(
     layer: attention.GroupedQueryExperts, x: jax.Array, project: Callable[..., Projected] | None
 ) -> attention.GroupedQueryExperts:
-    """The layer, whose projections of `x` are those that `project` finds."""
+    """The layer with the projections of `x` that `project` returns."""
     if project is not None:
         for name, found in project(layer, x).items():
             setattr(layer, name, lambda _, found=found: found)
@@ -79,13 +92,13 @@ def with_projections(
 
 
 def device(chip: str) -> jax.Device:
-    """One that need not be here."""
+    """A device to compile for, which need not be here."""
     if chip == "h200":
         topology = topologies.get_topology_desc(
-            topology_name="", topology="1x1x1", platform="cuda", target_config=H200
+            topology_name="", topology="1x1x1", platform="cuda", target_config=H200_TARGET
         )
     else:
-        topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[chip], platform="tpu")
+        topology = topologies.get_topology_desc(topology_name=CHIPS[chip].topology, platform="tpu")
     return topology.devices[0]
 
 
@@ -175,11 +188,9 @@ def gpu_cells(compiled: jax.stages.Compiled, tokens: int) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", nargs="+", choices=[*TOPOLOGIES, "h200"], default=["v5e"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=2048)
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    prog = "python -m experiments.projections"
+    options = parse(ProjectionsConfig, given, prog=prog, description=__doc__)
     for chip in options.chip:
         gpu = chip == "h200"
         columns = ["columns of the products", "launches"] if gpu else ["cycles"]

@@ -8,6 +8,7 @@ import math
 from typing import Any, Literal, get_args
 
 from gqe_jax.errors import UserError
+from gqe_kernels import ImplementationName
 
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]

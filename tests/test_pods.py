@@ -129,13 +129,32 @@ def test_a_run_is_started_and_the_connection_let_go(tmp_path):
 
 
 @pytest.mark.parametrize("table", ["slices", "context", "attention"])
-def test_the_tables_are_what_was_compiled(table, monkeypatch):
-    def not_kept(*arguments, **_):
+def test_the_tables_are_what_was_compiled(table):
+    def not_kept(*arguments):
         raise AssertionError(f"docs/compiled.json lacks a row: {arguments}")
 
-    monkeypatch.setattr("experiments.compiled.subprocess.run", not_kept)
     kept = REPOSITORY / "docs" / "compiled.json"
-    assert f"\n{run_table(CompiledConfig(table, kept))}\n" in PODS
+    assert f"\n{run_table(CompiledConfig(table, kept), not_kept)}\n" in PODS
+
+
+def test_a_table_continues_with_the_rows_that_it_lacks(tmp_path):
+    asked = []
+
+    def refused(*arguments):
+        asked.append(arguments)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return "does not fit"
+
+    config = CompiledConfig("context", tmp_path / "kept.json")
+    with pytest.raises(KeyboardInterrupt):
+        run_table(config, refused)
+    assert run_table(config, refused).count("does not fit") == 6
+    assert len(asked) == 7  # the third twice, the first two once
+    config.kept.write_text(config.kept.read_text().replace('"jax": "', '"jax": "9.'))
+    run_table(config, refused)
+    with pytest.raises(ConfigError, match="lacks a row, and is of"):
+        run_table(CompiledConfig("slices", config.kept), refused)
 
 
 def test_the_manifest_is_of_one_pod_a_host_that_goes_on_after_a_death():

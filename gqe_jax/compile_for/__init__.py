@@ -5,9 +5,9 @@ import json
 import pathlib
 
 from gqe_jax.compile_for import meshes
-from gqe_jax.compile_for.chips import get_topology
 from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
 from gqe_jax.compile_for.report import as_json, as_text
+from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.config import ConfigError, RunConfig
 
 __all__ = ["CompileOptions", "Compiled", "DoesNotFitError", "compile_for", "compile_step"]

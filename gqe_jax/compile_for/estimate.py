@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from gqe_jax.compile_for.chips import Chip, Topology
 from gqe_jax.compile_for.collectives import Collective
 from gqe_jax.compile_for.costs import Costs
+from gqe_jax.compile_for.topology import Topology
+from gqe_kernels.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

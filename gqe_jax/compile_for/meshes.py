@@ -5,8 +5,8 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from gqe_jax.compile_for.chips import Topology
 from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile_step
+from gqe_jax.compile_for.topology import Topology
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.model.transformer import count_parameters
 from gqe_jax.sharding import check_divides

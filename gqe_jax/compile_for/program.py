@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gqe_jax.compile_for import hlo
-from gqe_jax.compile_for.chips import GIB, Topology
 from gqe_jax.compile_for.collectives import Collective, collectives
 from gqe_jax.compile_for.costs import Costs, count
 from gqe_jax.compile_for.estimate import Estimate, estimate, with_links
+from gqe_jax.compile_for.topology import Topology
 from gqe_jax.config import RunConfig
 from gqe_jax.data import Batch
 from gqe_jax.errors import UserError
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
 from gqe_jax.training.steps import make_steps
+from gqe_kernels.chips import GIB
 
 Step = Literal["train", "eval"]
 

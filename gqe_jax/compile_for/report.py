@@ -5,9 +5,9 @@ import dataclasses
 import math
 from typing import Any
 
-from gqe_jax.compile_for.chips import GIB
 from gqe_jax.compile_for.collectives import Collective
 from gqe_jax.compile_for.program import Compiled
+from gqe_kernels.chips import GIB
 
 
 def traffic(crossing: tuple[Collective, ...]) -> dict[tuple[str, str], float]:

@@ -15,32 +15,9 @@ import tensorboardX
 import tqdm
 
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
+from gqe_kernels.chips import peak_flops
 
 METRICS_FILE = "metrics.jsonl"
-
-# Peak bfloat16 FLOP/s of what JAX calls one device, from the vendors' data sheets (dense, without
-# sparsity). A TPU v7x chip is two devices.
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, or None where it is not known."""
-    kind = device.device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -24,29 +24,16 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from gqe_kernels import routed_attention
+from gqe_kernels.chips import H200_TARGET
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS
 from kernels.benchmarks import sass
 
-H200 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
 LENGTH, GROUP, EXPERT = 1024, 8, 2
 
 
 def _compile(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> None:
     topology = topologies.get_topology_desc(
-        topology_name="", topology="1x1x1", platform="cuda", target_config=H200
+        topology_name="", topology="1x1x1", platform="cuda", target_config=H200_TARGET
     )
     sharding = SingleDeviceSharding(topology.devices[0])
     arguments = jax.tree.map(

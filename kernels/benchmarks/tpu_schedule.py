@@ -11,44 +11,126 @@ A case of your own is a function that returns an object with `function` and `arg
 `jax.ShapeDtypeStruct`s); `schedule/cases.py` shows how to say how often its regions run.
 """
 
-import argparse
 import ast
+import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+from gqe_kernels.chips import chip
+from kernels.benchmarks.command_line import OptionError, parse, typed
 from kernels.benchmarks.schedule import report
 from kernels.benchmarks.schedule.bundles import ScheduleError
-from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import DENSE, GQE, SPLASH, Comparison, compare
 from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure
 from kernels.benchmarks.schedule.tune import tune
 
+PROG = "kernels.benchmarks.tpu_schedule"
 CASES = {"gqe": GQE, "dense": DENSE, "splash": SPLASH}
-TABLE = {"chip": ["v5e", "v6e", "tpu7x"], "head_dim": [64, 128], "length": [4096, 32768]}
+CHIPS, HEAD_DIMS, LENGTHS = ("v5e", "v6e", "tpu7x"), (64, 128), (4096, 32768)
 RESULTS = Path(__file__).parent / "results"
+SWEEPS = RESULTS / "cache" / "splash_sweeps.json"
 
 
-def main(arguments: list[str] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """Print schedules, compare them, or tune the kernel by them."""
+
+    table: bool = False
+    """Compare on every chip, head size and length, and write the results that are kept in git."""
+    tune: bool = False
+    """Find the kernel's block sizes and write their table."""
+    compare: Literal["splash"] | None = None
+    """Print splash attention's schedule, too, and the ratio."""
+    case: str = "gqe"
+    """gqe, dense, splash or module:function."""
+    chip: tuple[str, ...] = ("v6e",)
+    """v5e, v5p, v6e or tpu7x."""
+    head_dim: tuple[int, ...] = (128,)
+    length: tuple[int, ...] = (4096,)
+    """Tokens of one sequence."""
+    training: bool = False
+    """Compare forward and backward, not forward alone."""
+    set: tuple[str, ...] = ()
+    """Options of the case, NAME=VALUE,...; of several values, each one."""
+    jobs: int = 1
+    """Compiles at a time."""
+    sweep_again: bool = False
+    """Do not use the sweeps of splash attention that an earlier run left in results/cache."""
+    json: Path | None = None
+    """A file for the figures: of a case with all regions, of a comparison those of the table."""
+    plot: Path | None = None
+    """A PNG of ratio against length; with a comparison."""
+
+    def __post_init__(self) -> None:
+        for name, values in (
+            ("head-dim", self.head_dim),
+            ("length", self.length),
+            ("jobs", [self.jobs]),
+        ):
+            for value in values:
+                if value <= 0:
+                    raise OptionError(f"--{name} is {value}; it must be positive")
+        try:
+            for name in self.chip:
+                chip(name)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        if self.compare is None and not self.table:
+            if self.plot:
+                raise OptionError("--plot draws a ratio: add --compare splash")
+            if self.training:
+                raise OptionError(
+                    "--training is for a comparison; a case takes --set training=True, say"
+                )
+        elif self.set:
+            raise OptionError(
+                "--set is for one case: block sizes of a comparison are swept or defaults"
+            )
+        self.settings()
+
+    def settings(self) -> list[dict[str, int | bool]]:
+        """Each combination of the options of the case."""
+        named = {}
+        for text in self.set:
+            name, _, values = text.partition("=")
+            try:
+                named[name] = [ast.literal_eval(value) for value in values.split(",")]
+            except (SyntaxError, ValueError):
+                raise OptionError(
+                    f"--set has {text!r}; it must be NAME=VALUE, VALUE a number, True or False"
+                ) from None
+        return [dict(zip(named, each, strict=True)) for each in itertools.product(*named.values())]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = _parse(arguments)
-    results = []
+    options = parse(ScheduleOptions, arguments, prog=PROG, description=__doc__)
+    if options.table:
+        path = RESULTS / ("tpu_schedule_training" if options.training else "tpu_schedule")
+        options = dataclasses.replace(
+            options,
+            compare="splash",
+            chip=CHIPS,
+            head_dim=HEAD_DIMS,
+            length=LENGTHS,
+            json=options.json or path.with_suffix(".json"),
+            plot=options.plot or path.with_suffix(".png"),
+        )
+    results: list[dict[str, Any]] = []
     try:
         if options.tune:
-            tune(
-                TABLE["head_dim"],
-                TABLE["length"],
-                jobs=options.jobs,
-                progress=lambda line: print(line, flush=True),
-            )
+            progress = lambda line: print(line, flush=True)  # noqa: E731
+            tune(HEAD_DIMS, LENGTHS, jobs=options.jobs, progress=progress)
             return
         for result in _compare(options) if options.compare else _show(options):
-            results.append(result)
+            results.append(report.row(result) if options.compare else report.regions(result))
             if options.json:  # after every result: a sweep takes minutes
-                report.write_json(options.json, results)
+                report.write_json(options.json, typed(PROG, arguments), results)
         if options.compare:
             print(report.markdown(results))
             if options.plot:
@@ -57,20 +139,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def _compare(options) -> Iterator[Comparison]:
+def _compare(options: ScheduleOptions) -> Iterator[Comparison]:
     start = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    for chip, head_dim in itertools.product(options.chip, options.head_dim):
+    for name, head_dim in itertools.product(options.chip, options.head_dim):
         for result in compare(
-            chip,
+            name,
             head_dim,
             options.length,
             training=options.training,
             jobs=options.jobs,
-            memory=None if options.sweep_again else RESULTS / "splash_sweeps.json",
+            memory=None if options.sweep_again else SWEEPS,
             progress=progress,
         ):
             if not options.table:
@@ -80,19 +162,18 @@ def _compare(options) -> Iterator[Comparison]:
             yield result
 
 
-def _show(options) -> Iterator[Cost]:
+def _show(options: ScheduleOptions) -> Iterator[Cost]:
     shapes = [{}]
     if options.case in CASES:
         shapes = [
             {"length": length, "head_dim": head_dim}
             for length, head_dim in itertools.product(options.length, options.head_dim)
         ]
-    names, values = options.set.keys(), options.set.values()
-    settings = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+    settings = options.settings()
     swept = []
-    for chip, shape, setting in itertools.product(options.chip, shapes, settings):
+    for name, shape, setting in itertools.product(options.chip, shapes, settings):
         try:
-            result = measure(CASES.get(options.case, options.case), chip, shape | setting)
+            result = measure(CASES.get(options.case, options.case), name, shape | setting)
         except OutOfVmemError:
             if len(settings) == 1:
                 raise
@@ -104,62 +185,6 @@ def _show(options) -> Iterator[Cost]:
     if len(settings) > 1:
         for result in sorted(swept, key=lambda result: (result.chip, result.cycles)):
             print(f"{result.chip} {result.cycles:>15,} cycles: {report.settings(result)}")
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tpu_schedule",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--table", action="store_true", help="compare on every chip, head size and length")
-    add("--tune", action="store_true", help="find the kernel's block sizes and write their table")
-    add("--compare", choices=["splash"], help="print splash attention's schedule, and the ratio")
-    add("--case", default="gqe", help="gqe, dense, splash or module:function (default: gqe)")
-    add("--chip", nargs="+", choices=list(CHIPS), default=["v6e"])
-    add("--head-dim", nargs="+", type=int, default=[128])
-    add("--length", nargs="+", type=int, default=[4096], help="tokens of one sequence")
-    add("--training", action="store_true", help="compare forward and backward, not forward alone")
-    add(
-        "--set",
-        nargs="+",
-        metavar="NAME=VALUE,...",
-        default=[],
-        help="options of the case; of several values, each in turn",
-    )
-    add("--jobs", type=int, default=1, help="compiles at a time")
-    add("--sweep-again", action="store_true", help="do not use the sweeps kept in results/")
-    add("--json", type=Path, help="write all figures to this file")
-    add("--plot", type=Path, help="write a PNG of ratio against length; with a comparison")
-    options = parser.parse_args(arguments)
-    if options.table:
-        options.compare = "splash"
-        vars(options).update(TABLE)
-        name = "tpu_schedule_training" if options.training else "tpu_schedule"
-        options.json = options.json or RESULTS / f"{name}.json"
-        options.plot = options.plot or RESULTS / f"{name}.png"
-    if options.plot and not options.compare:
-        parser.error("--plot draws a ratio: add --compare splash")
-    for name in ("head_dim", "length", "jobs"):
-        values = vars(options)[name]
-        for value in values if isinstance(values, list) else [values]:
-            if value <= 0:
-                parser.error(f"--{name.replace('_', '-')} is {value}; it must be positive")
-    if options.training and not options.compare:
-        parser.error("--training is for a comparison; a case takes --set training=True, say")
-    if options.set and options.compare:
-        parser.error("--set is for one case: block sizes of a comparison are swept or defaults")
-    options.set = dict(_setting(parser, text) for text in options.set)
-    return options
-
-
-def _setting(parser: argparse.ArgumentParser, text: str) -> tuple[str, list[int | bool]]:
-    name, _, values = text.partition("=")
-    try:
-        return name, [ast.literal_eval(value) for value in values.split(",")]
-    except (SyntaxError, ValueError):
-        parser.error(f"--set has {text!r}; it must be NAME=VALUE, VALUE a number, True or False")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gqe_kernels.chips import chip
 from kernels.benchmarks import tpu_schedule
 from kernels.benchmarks.schedule import cases, report
 from kernels.benchmarks.schedule.bundles import ScheduleError, parse_program, regions
-from kernels.benchmarks.schedule.chips import chip
 from kernels.benchmarks.schedule.compare import Comparison
 from kernels.benchmarks.schedule.compiler import _take_labels, load
 from kernels.benchmarks.schedule.cost import cost
@@ -75,7 +75,7 @@ def test_units_of_the_recorded_dump():
 
 
 def test_cycles_are_bundles_times_executions():
-    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=262144)
+    case = cases.ScheduledCall(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=262144)
     result = cost([labelled()], "m:tiny", "v6e", {}, case)
     assert result.cycles == ONCE + 8 * STEP + 4 * EVEN
     assert [region.executions for region in result.regions] == [1, 8, 4]
@@ -89,7 +89,7 @@ def test_cycles_are_bundles_times_executions():
 
 
 def test_a_case_without_counts_shows_regions_only():
-    result = cost([labelled()], "m:tiny", "v6e", {}, cases.Case(None, ()))
+    result = cost([labelled()], "m:tiny", "v6e", {}, cases.ScheduledCall(None, ()))
     bundles = [region.bundles for region in result.regions]
     assert bundles == [ISSUED_ONCE, ISSUED_STEP, ISSUED_EVEN]
     assert [r.bundles + r.waits for r in result.regions] == [ONCE, STEP, EVEN]
@@ -139,7 +139,7 @@ def test_too_few_delay_slots_are_an_error():
 )
 def test_counts_that_do_not_fit_are_an_error(executions, message):
     with pytest.raises(ScheduleError, match=message):
-        cost([labelled()], "m:tiny", "v6e", {}, cases.Case(None, (), executions, 1, 1))
+        cost([labelled()], "m:tiny", "v6e", {}, cases.ScheduledCall(None, (), executions, 1, 1))
 
 
 @pytest.mark.parametrize(("block_q", "block_kv"), [(4, 4), (4, 8), (8, 4), (2, 16), (16, 16)])
@@ -194,28 +194,38 @@ def test_launches_of_the_backward_pass_share_the_tiles():
 
 
 def test_launches_of_a_kernel_are_counted():
-    case = cases.Case(None, (), {"tiny": {"grid": 24, "calls": 3, "even": 4}}, pairs=10, macs=100)
+    case = cases.ScheduledCall(
+        None, (), {"tiny": {"grid": 24, "calls": 3, "even": 4}}, pairs=10, macs=100
+    )
     result = cost([labelled()], "m:tiny", "v6e", {}, case)
     assert result.cycles == 3 * ONCE + 24 * STEP + 4 * EVEN
 
 
 def test_reports_of_a_comparison(tmp_path):
-    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=100)
+    case = cases.ScheduledCall(None, (), {"tiny": {"grid": 8, "even": 4}}, pairs=10, macs=100)
     splash = cost([labelled()], "m:splash", "v6e", {"block_q": 512, "block_kv": 1024}, case)
-    case = cases.Case(None, (), {"tiny": {"grid": 8, "even": 0}}, pairs=10, macs=100)
+    case = cases.ScheduledCall(None, (), {"tiny": {"grid": 8, "even": 0}}, pairs=10, macs=100)
     gqe = cost([labelled()], "m:gqe", "v6e", {}, case)
     comparison = Comparison("v6e", 128, 4096, False, splash, gqe, splash, {"q 512": 1})
+    rows = [report.row(comparison)]
     ratio = (ONCE + 8 * STEP + 4 * EVEN) / (ONCE + 8 * STEP)
     assert (
         f"| 4,096 | forward | 512 × 1024 | 293 | 293 | 193 | **{ratio:.2f}** |"
-        in report.markdown([comparison])
+        in report.markdown(rows)
     )
-    report.write_json(tmp_path / "deep" / "x.json", [comparison])
+    report.write_json(tmp_path / "deep" / "x.json", "python", rows)
     (result,) = json.loads((tmp_path / "deep" / "x.json").read_text())["results"]
     assert result["ratio"] == pytest.approx(ratio)
-    assert result["splash"]["cycles"] == 293
-    report.plot(tmp_path / "x.png", [comparison])
+    assert result["cycles"]["splash"] == 293
+    report.plot(tmp_path / "x.png", rows)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["tpu_schedule", "tpu_schedule_training"])
+def test_the_readme_quotes_the_kept_results(name):
+    rows = json.loads((tpu_schedule.RESULTS / f"{name}.json").read_text())["results"]
+    readme = (tpu_schedule.RESULTS.parents[1] / "README.md").read_text()
+    assert report.markdown(rows) in readme
 
 
 def test_peak_is_the_published_one():

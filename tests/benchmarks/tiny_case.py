@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.benchmarks.schedule.cases import Case
+from kernels.benchmarks.schedule.cases import ScheduledCall
 
 STEPS, EVEN_STEPS = 8, 4
 
 
-def tiny() -> Case:
+def tiny() -> ScheduledCall:
     """A loop of 8 steps, in which every other step does more."""
 
     def kernel(x_ref, out_ref):
@@ -35,4 +35,6 @@ def tiny() -> Case:
         name="tiny",
     )
     arguments = (jax.ShapeDtypeStruct((8 * STEPS, 128), jnp.float32),)
-    return Case(call, arguments, {"tiny": {"grid": STEPS, "even": EVEN_STEPS}}, pairs=1, macs=1)
+    return ScheduledCall(
+        call, arguments, {"tiny": {"grid": STEPS, "even": EVEN_STEPS}}, pairs=1, macs=1
+    )

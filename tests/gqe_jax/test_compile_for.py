@@ -15,13 +15,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from configs import CONFIGS
 from gqe_jax.compile_for import CompileOptions, hlo
 from gqe_jax.compile_for.__main__ import forwarded, read_command
-from gqe_jax.compile_for.chips import CHIPS, get_topology
 from gqe_jax.compile_for.collectives import Collective, collectives, replica_groups
 from gqe_jax.compile_for.costs import Costs, count
 from gqe_jax.compile_for.estimate import estimate
 from gqe_jax.compile_for.meshes import shapes
 from gqe_jax.compile_for.program import compile_step, remedies
 from gqe_jax.compile_for.report import as_text
+from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
 from gqe_jax.model.transformer import count_parameters
 from gqe_kernels.pallas_tpu.cost import visible_pairs

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gqe_jax import report
-from gqe_jax.training.telemetry import Telemetry, peak_flops, read_metrics
+from gqe_jax.training.telemetry import Telemetry, read_metrics
+from gqe_kernels.chips import peak_flops
 
 
 def device(kind):

@@ -125,7 +125,7 @@ def test_a_prefills_grid_visits_every_block_below_the_diagonal_once(length, offs
     assert length % 2 or len(blocks) == len(below)
 
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 # Each chip, dtype and head_dim, with what shapes the code: segments, traced offsets, ranks, ragged
 # lengths and a padded head.
@@ -136,8 +136,8 @@ COMPILED = [
     ("v5p", Case(batch=1, q_len=768, kv_len=1536, head_dim=128, q_offset=((0, 1152),)), "bfloat16"),
     ("v6e", Case(batch=1, q_len=1024, head_dim=128), "bfloat16"),
     ("v6e", Case(batch=1, q_len=2, kv_len=24, q_offset=11, head_dim=64, group=3), "bfloat16"),
-    ("7x", Case(batch=1, q_len=1024, head_dim=128, weighted=False), "bfloat16"),
-    ("7x", Case(batch=1, q_len=600, head_dim=192, group=1, expert=16, shared=None), "bfloat16"),
+    ("tpu7x", Case(batch=1, q_len=1024, head_dim=128, weighted=False), "bfloat16"),
+    ("tpu7x", Case(batch=1, q_len=600, head_dim=192, group=1, expert=16, shared=None), "bfloat16"),
 ]
 
 
@@ -238,4 +238,4 @@ def test_default_blocks_fit_in_vmem(chip, shape, length):
     layout = Layout(*shape, weighted=True, shared=True)
     sizes = blocks.default_block_sizes(layout, length, length, 2, chip=chip)
     assert blocks.vmem_estimate(layout, sizes, length, 2) <= sizes.vmem_bytes
-    assert sizes.vmem_bytes < {"v5e": 128, "v5p": 64, "v6e": 128, "7x": 64}[chip] * 2**20
+    assert sizes.vmem_bytes < {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}[chip] * 2**20

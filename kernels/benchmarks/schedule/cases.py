@@ -19,7 +19,7 @@ from gqe_kernels.pallas_tpu.tile import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ScheduledCall:
     """One call of attention.
 
     Attributes:
@@ -52,7 +52,7 @@ def splash(
     block_kv_dkv_compute: int | None = None,
     block_q_dq: int | None = None,
     block_kv_dq: int | None = None,
-) -> Case:
+) -> ScheduledCall:
     """JAX's splash attention, dense and causal: [heads, length, head_dim], bfloat16.
 
     Args:
@@ -100,7 +100,7 @@ def splash(
     if not backward:
         executions = {"splash_mha_fwd_no_residuals": of_forward}
         work = _work(length, head_dim, heads, products=2)
-        return Case(forward, (query, key, key), executions, *work)
+        return ScheduledCall(forward, (query, key, key), executions, *work)
     of_keys = runs(block_q_dkv, block_kv_dkv, kv_heads * length // block_kv_dkv)
     executions = {
         "splash_mha_fwd_residuals": of_forward,
@@ -116,7 +116,7 @@ def splash(
         return out, vjp(d_out)
 
     work = _work(length, head_dim, heads, products=7)
-    return Case(with_gradients, (query, key, key, query), executions, *work)
+    return ScheduledCall(with_gradients, (query, key, key, query), executions, *work)
 
 
 def gqe(
@@ -129,7 +129,7 @@ def gqe(
     other_slots: bool = True,
     training: bool = False,
     **blocks,
-) -> Case:
+) -> ScheduledCall:
     """This project's kernel: k experts of each group and the shared head, one sequence, bfloat16.
 
     Args:
@@ -138,7 +138,7 @@ def gqe(
       blocks: fields of `pallas_tpu.BlockSizes` that differ from the chip's defaults.
     """
     layout = Layout(groups, experts, k, head_dim, weighted=other_slots, shared=other_slots)
-    sizes = default_block_sizes(layout, length, length, 2, chip=chip.removeprefix("tpu"))
+    sizes = default_block_sizes(layout, length, length, 2, chip=chip)
     if sizes is None:
         raise ValueError(f"head_dim is {head_dim}; the kernel has no block sizes that fit in VMEM")
     sizes = dataclasses.replace(sizes, **blocks)
@@ -181,7 +181,9 @@ def gqe(
     arguments = (query, key, key, index, weight, shared)
     heads = layout.heads
     if not training:
-        return Case(call, arguments, executions, *_work(length, head_dim, heads, products=2))
+        return ScheduledCall(
+            call, arguments, executions, *_work(length, head_dim, heads, products=2)
+        )
 
     def with_gradients(query, key, value, index, weight, shared, d_slots):
         def slots(query, key, value, weight, shared):
@@ -193,10 +195,10 @@ def gqe(
     d_slots = jax.ShapeDtypeStruct((1, length, layout.slots, head_dim), jnp.bfloat16)
     executions |= _gqe_backward(length, layout, sizes)
     work = _work(length, head_dim, heads, products=7)
-    return Case(with_gradients, (*arguments, d_slots), executions, *work)
+    return ScheduledCall(with_gradients, (*arguments, d_slots), executions, *work)
 
 
-def dense(length: int, head_dim: int, chip: str, experts: int = 2, **options) -> Case:
+def dense(length: int, head_dim: int, chip: str, experts: int = 2, **options) -> ScheduledCall:
     """This project's kernel with all experts chosen, and their slots alone: grouped-query attention
     as `dense_attention` computes it on TPU. The options are those of `gqe`."""
     chosen = {"experts": experts, "k": experts, "other_slots": False}

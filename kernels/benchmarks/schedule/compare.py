@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernels.benchmarks.schedule import cases
-from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError, schedule, versions
-from kernels.benchmarks.schedule.cost import Cost, cost, measure
+from kernels.benchmarks.schedule.compiler import CompileError, schedule, versions
+from kernels.benchmarks.schedule.cost import Cost, cycles_at, measure
 
 SPLASH = f"{cases.__name__}:splash"
 GQE = f"{cases.__name__}:gqe"
@@ -80,22 +80,79 @@ class Comparison:
         return self.splash.issued / self.gqe.issued
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tried:
-    """Block sizes, and the cycles that the kernels they are for take at each length."""
-
-    blocks: dict[str, int]
-    cycles: dict[int, int]
+# Block sizes, with the cycles of the kernels that they are for, by length.
+Tried = list[tuple[dict[str, int], dict[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sweep:
+    """Splash attention's kernels on one chip at many block sizes, compiled for the longest length.
+
+    Attributes:
+      memory: a file that keeps what was found, for later sweeps by the same libtpu.
+    """
+
     chip: str
     head_dim: int
     lengths: tuple[int, ...]
     pool: ThreadPoolExecutor
     memory: Path | None
     progress: Callable[[str], None]
+
+    def forward(self) -> Tried:
+        return self._try("forward", FORWARD, "splash_mha_fwd_no_residuals")[0]
+
+    def backward(self) -> Tried:
+        """dQ by the kernel for dK and dV, and by one of its own with the same blocks."""
+        of_keys, of_queries = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
+        (tried,) = self._try("backward in one kernel", BACKWARD, of_keys)
+        keys, queries = self._try("backward in two kernels", APART, of_keys, of_queries)
+        for (blocks, of_k), (_, of_q) in zip(keys, queries, strict=True):
+            tried.append((blocks, {length: of_k[length] + of_q[length] for length in of_k}))
+        return tried
+
+    def _try(self, what: str, candidates: Sequence[dict[str, int]], *kernels: str) -> list[Tried]:
+        """For each kernel, all block sizes that fit in VMEM."""
+        candidates = [blocks for blocks in candidates if _divide(blocks, max(self.lengths))]
+        place = f"{self.chip}, D = {self.head_dim}, splash {what}"
+        key = f"{place}, {self.lengths}"
+        known = self._recall().get(key, {})
+        new = [blocks for blocks in candidates if _name(blocks) not in known]
+        like = None
+        if new:
+            first = {"length": max(self.lengths), "head_dim": self.head_dim, **new[0]}
+            like = schedule(SPLASH, self.chip, first)
+
+        def cycles(blocks: dict[str, int]) -> dict[int, dict[str, int]] | None:
+            lengths = [length for length in self.lengths if _divide(blocks, length)]
+            options = {"head_dim": self.head_dim, **blocks}
+            return cycles_at(SPLASH, self.chip, lengths, options, like)
+
+        for i, found in enumerate(self.pool.map(cycles, new)):
+            known[_name(new[i])] = found
+            self._keep(key, known)
+            shown = "does not fit in VMEM" if found is None else f"cycles by length {found}"
+            self.progress(f"{place} {i + 1}/{len(new)}: {_name(new[i])}: {shown}")
+        fit = [(blocks, found) for blocks in candidates if (found := known[_name(blocks)])]
+        if not fit:
+            raise CompileError(f"{place}: none of the block sizes fits in VMEM")
+        return [
+            [(blocks, {int(n): of[kernel] for n, of in found.items()}) for blocks, found in fit]
+            for kernel in kernels
+        ]
+
+    def _recall(self) -> dict:
+        if self.memory is None or not self.memory.exists():
+            return {}
+        document = json.loads(self.memory.read_text())
+        return document["sweeps"] if document["versions"] == versions() else {}
+
+    def _keep(self, key: str, known: dict) -> None:
+        if self.memory is not None:
+            sweeps = self._recall() | {key: known}  # another comparison may have written meanwhile
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            document = {"versions": versions(), "sweeps": sweeps}
+            self.memory.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def compare(
@@ -108,10 +165,7 @@ def compare(
     memory: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Comparison]:
-    """Comparisons at each length.
-
-    The bundles of a region depend on the length only through addresses, so a sweep compiles for the
-    longest one and counts executions for each; the winner is compiled again at its own length.
+    """Comparisons at each length, the best block sizes compiled again at their own length.
 
     Args:
       jobs: compiles at a time.
@@ -119,116 +173,33 @@ def compare(
     """
     with ThreadPoolExecutor(jobs) as pool:
         sweep = _Sweep(chip, head_dim, tuple(lengths), pool, memory, progress)
-        forward = _try(sweep, "forward", FORWARD, ["splash_mha_fwd_no_residuals"])[0]
-        backward = _backward(sweep) if training else []
+        passes = [sweep.forward(), *([sweep.backward()] if training else [])]
         for length in lengths:
-            passes = [[x for x in tried if length in x.cycles] for tried in (forward, backward)]
-            blocks = {}
-            for tried in filter(None, passes):
-                blocks |= _best(tried, length).blocks
+            # Each pass with its cycles at this length, the fastest first.
+            tried = [
+                sorted(
+                    ((blocks, of[length]) for blocks, of in each if length in of),
+                    key=lambda x: x[1],
+                )
+                for each in passes
+            ]
+            blocks = {name: size for each in tried for name, size in each[0][0].items()}
             progress(f"{chip}, D = {head_dim}, {length} tokens: splash at {_name(blocks)}, and GQE")
             shape = {"length": length, "head_dim": head_dim}
-            splash = pool.submit(measure, SPLASH, chip, shape | blocks)
-            if training:
-                shape["training"] = True
-            gqe, dense = (pool.submit(measure, case, chip, shape) for case in (GQE, DENSE))
-            tried = sorted(itertools.chain(*passes), key=lambda x: x.cycles[length])
+            ours = {**shape, "training": True} if training else shape
+            costs = [
+                pool.submit(measure, SPLASH, chip, shape | blocks),
+                *(pool.submit(measure, case, chip, ours) for case in (GQE, DENSE)),
+            ]
             yield Comparison(
-                chip,
-                head_dim,
-                length,
-                training,
-                splash.result(),
-                gqe.result(),
-                dense.result(),
-                {_name(x.blocks): x.cycles[length] for x in tried},
+                *(chip, head_dim, length, training),
+                *(cost.result() for cost in costs),
+                {_name(sizes): cycles for each in tried for sizes, cycles in each},
             )
-
-
-def _backward(sweep: _Sweep) -> list[_Tried]:
-    """Both ways: dQ by the kernel for dK and dV, and by one of its own.
-
-    The two kernels of the second way are tried with the same blocks; the best of each go together.
-    """
-    of_keys, of_queries = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
-    tried = _try(sweep, "backward in one kernel", BACKWARD, [of_keys])[0]
-    keys, queries = _try(sweep, "backward in two kernels", APART, [of_keys, of_queries])
-    for length in sweep.lengths:
-        k, q = (_best([x for x in of if length in x.cycles], length) for of in (keys, queries))
-        blocks = k.blocks | {name: q.blocks[name] for name in ("block_q_dq", "block_kv_dq")}
-        tried.append(_Tried(blocks, {length: k.cycles[length] + q.cycles[length]}))
-    return tried
-
-
-def _try(
-    sweep: _Sweep, what: str, candidates: Sequence[dict[str, int]], kernels: Sequence[str]
-) -> list[list[_Tried]]:
-    """For each kernel, all block sizes that fit in VMEM."""
-    longest = max(sweep.lengths)
-    candidates = [blocks for blocks in candidates if _divide(blocks, longest)]
-    place = f"{sweep.chip}, D = {sweep.head_dim}, splash {what}"
-    key = f"{place}, {sweep.lengths}"
-    known = _recall(sweep.memory).get(key, {})
-    new = [blocks for blocks in candidates if _name(blocks) not in known]
-    like = None
-    if new:
-        first = {"length": longest, "head_dim": sweep.head_dim, **new[0]}
-        like = schedule(SPLASH, sweep.chip, first)
-
-    def cycles(blocks: dict[str, int]) -> dict[str, dict[str, int]] | None:
-        """By length and kernel; the length as JSON has it."""
-        options = {"head_dim": sweep.head_dim, **blocks}
-        try:
-            programs = schedule(SPLASH, sweep.chip, {"length": longest, **options}, like=like)
-        except OutOfVmemError:
-            return None
-        counted = {}
-        for length in sweep.lengths:
-            if _divide(blocks, length):
-                at = {"length": length, **options}
-                case = cases.splash(**at)
-                total = cost(programs, SPLASH, sweep.chip, at, case, same_grid=False).kernels()
-                counted[str(length)] = {kernel: total[kernel] for kernel in kernels}
-        return counted
-
-    for i, found in enumerate(sweep.pool.map(cycles, new)):
-        known[_name(new[i])] = found
-        _keep(sweep.memory, key, known)
-        shown = "does not fit in VMEM" if found is None else f"cycles by length {found}"
-        sweep.progress(f"{place} {i + 1}/{len(new)}: {_name(new[i])}: {shown}")
-    fit = [blocks for blocks in candidates if known[_name(blocks)] is not None]
-    if not fit:
-        raise CompileError(f"{place}: none of the block sizes fits in VMEM")
-    return [
-        [
-            _Tried(blocks, {int(n): of[kernel] for n, of in known[_name(blocks)].items()})
-            for blocks in fit
-        ]
-        for kernel in kernels
-    ]
-
-
-def _recall(memory: Path | None) -> dict:
-    if memory is None or not memory.exists():
-        return {}
-    document = json.loads(memory.read_text())
-    return document["sweeps"] if document["versions"] == versions() else {}
-
-
-def _keep(memory: Path | None, key: str, known: dict) -> None:
-    if memory is not None:
-        sweeps = _recall(memory) | {key: known}  # another comparison may have written meanwhile
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        document = {"versions": versions(), "sweeps": sweeps}
-        memory.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _divide(blocks: dict[str, int], length: int) -> bool:
     return all(length % size == 0 for size in blocks.values())
-
-
-def _best(tried: Sequence[_Tried], length: int) -> _Tried:
-    return min(tried, key=lambda x: x.cycles[length])
 
 
 def _name(blocks: dict[str, int]) -> str:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from gqe_kernels.chips import chip
 from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
-from kernels.benchmarks.schedule.chips import chip
 
 # What a kernel that sets no limit itself may take of the VMEM: libtpu's default keeps splash
 # attention from its best block sizes.

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from gqe_kernels.chips import chip
 from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
-from kernels.benchmarks.schedule.cases import Case
-from kernels.benchmarks.schedule.chips import chip
-from kernels.benchmarks.schedule.compiler import build, schedule
+from kernels.benchmarks.schedule.cases import ScheduledCall
+from kernels.benchmarks.schedule.compiler import OutOfVmemError, build, schedule
 
 # Units that the dump counts as loads and stores of registers that the compiler ran out of.
 FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"
@@ -92,7 +92,7 @@ def measure(case: str, chip_name: str, options: Mapping[str, int | bool]) -> Cos
     """Compiles a case and counts its cycles.
 
     Args:
-      case: "module:function" of a function that returns a `Case`.
+      case: "module:function" of a function that returns a `ScheduledCall`.
 
     Raises:
       CompileError: the compiler refused the kernel.
@@ -102,12 +102,40 @@ def measure(case: str, chip_name: str, options: Mapping[str, int | bool]) -> Cos
     return cost(programs, case, chip_name, options, build(case, chip_name, dict(options)))
 
 
+def cycles_at(
+    case: str,
+    chip_name: str,
+    lengths: Sequence[int],
+    options: Mapping[str, int | bool],
+    like: Sequence[tuple[Program, Region]] | None = None,
+) -> dict[int, dict[str, int]] | None:
+    """Cycles of each kernel at each length, from one compile for the longest; None: out of VMEM.
+
+    The bundles of a region depend on the length only through addresses, so that block sizes can be
+    compared by counting how often the same regions run.
+
+    Args:
+      case: as in `measure`; its function takes `length`.
+      like: as in `schedule`.
+    """
+    try:
+        programs = schedule(case, chip_name, {**options, "length": max(lengths)}, like=like)
+    except OutOfVmemError:
+        return None
+    found = {}
+    for length in lengths:
+        at = {**options, "length": length}
+        call = build(case, chip_name, at)
+        found[length] = cost(programs, case, chip_name, at, call, same_grid=False).kernels()
+    return found
+
+
 def cost(
     programs: list[tuple[Program, Region]],
     name: str,
     chip_name: str,
     options: Mapping[str, int | bool],
-    case: Case,
+    case: ScheduledCall,
     *,
     same_grid: bool = True,
 ) -> Cost:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kernels.benchmarks.schedule.compare import Comparison
 from kernels.benchmarks.schedule.compiler import versions
@@ -11,7 +12,7 @@ from kernels.benchmarks.schedule.cost import Cost
 
 
 def text(cost: Cost) -> str:
-    """The regions of a call and what they sum up to."""
+    """The regions of a call, and their sums."""
     units = list(cost.regions[0].busy) if cost.regions else []
     head = ["region", "bundles", "waits", "runs", "cycles", "share", *units, "spills", "fills"]
     rows = []
@@ -47,7 +48,7 @@ def text(cost: Cost) -> str:
 
 
 def settings(cost: Cost) -> str:
-    """The options that the case was built with."""
+    """The options that a case was built with."""
     return ", ".join(f"{name}={value}" for name, value in cost.options.items())
 
 
@@ -58,58 +59,94 @@ def _align(table: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def markdown(comparisons: Sequence[Comparison]) -> str:
-    """One row a comparison."""
+def row(comparison: Comparison) -> dict[str, Any]:
+    """The figures of a comparison that the tables and the text of kernels/README.md quote.
+
+    `splash_passes` has splash attention's cycles at its best block sizes: forward, and backward by
+    one kernel or by two. `grid_step_share` is the share of GQE's forward cycles outside tiles, and
+    `interior_cycles_per_head` what a tile below the diagonal takes.
+    """
+    costs = {name: getattr(comparison, name) for name in ("splash", "dense", "gqe")}
+    blocks = (v for k, v in comparison.splash.options.items() if k.startswith("block"))
+    found = {
+        "chip": comparison.chip,
+        "head_dim": comparison.head_dim,
+        "length": comparison.length,
+        "training": comparison.training,
+        "splash_blocks": " × ".join(map(str, blocks)),
+        "cycles": {name: cost.cycles for name, cost in costs.items()},
+        "issued": {name: cost.issued for name, cost in costs.items()},
+        "ratio": comparison.ratio,
+        "dense_ratio": comparison.dense_ratio,
+        "issued_ratio": comparison.issued_ratio,
+        "cycles_per_pair": {name: round(cost.cycles_per_pair, 5) for name, cost in costs.items()},
+        "mac_share": {name: round(cost.mac_share, 5) for name, cost in costs.items()},
+        "splash_passes": dict(_best_passes(comparison.sweep)),
+    }
+    forward = [region for region in comparison.gqe.regions if region.kernel == "gqe_forward"]
+    if forward:
+        outside = sum(r.cycles for r in forward if r.region in ("call", "grid", "grid step"))
+        found["grid_step_share"] = round(outside / sum(region.cycles for region in forward), 3)
+        found["interior_cycles_per_head"] = {
+            name: round(_interior_cycles(costs[name], comparison.length), 1)
+            for name in ("dense", "gqe")
+        }
+    return found
+
+
+def _best_passes(sweep: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    kinds = {
+        "forward": [n for name, n in sweep.items() if "dkv" not in name],
+        "backward": [n for name, n in sweep.items() if "dkv" in name and "dq" not in name],
+        "backward in two": [n for name, n in sweep.items() if "dq" in name],
+    }
+    return ((kind, min(cycles)) for kind, cycles in kinds.items() if cycles)
+
+
+def _interior_cycles(cost: Cost, length: int) -> float:
+    """Cycles of one head in a tile of the forward pass that needs no mask."""
+    tile = next(r for r in cost.regions if (r.kernel, r.region) == ("gqe_forward", "interior"))
+    return (tile.bundles + tile.waits) / (cost.pairs // (length * (length + 1) // 2))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a comparison."""
     lines = [
         "| chip | D | tokens | pass | splash's blocks | splash | dense | GQE | splash / GQE "
         "| without waits | dense / GQE | cycles a pair: splash | GQE | peak MACs: splash | GQE |",
         "|" + "---|" * 15,
     ]
-    for c in comparisons:
-        blocks = " × ".join(str(v) for k, v in c.splash.options.items() if k.startswith("block"))
-        kind = "both" if c.training else "forward"
+    for each in rows:
+        cycles, pairs, macs = (each[name] for name in ("cycles", "cycles_per_pair", "mac_share"))
+        kind = "both" if each["training"] else "forward"
         lines.append(
-            f"| {c.chip} | {c.head_dim} | {c.length:,} | {kind} | {blocks} | {c.splash.cycles:,} "
-            f"| {c.dense.cycles:,} | {c.gqe.cycles:,} | **{c.ratio:.2f}** | {c.issued_ratio:.2f} "
-            f"| {c.dense_ratio:.2f} | {c.splash.cycles_per_pair:.5f} "
-            f"| {c.gqe.cycles_per_pair:.5f} | {c.splash.mac_share:.0%} | {c.gqe.mac_share:.0%} |"
+            f"| {each['chip']} | {each['head_dim']} | {each['length']:,} | {kind} "
+            f"| {each['splash_blocks']} | {cycles['splash']:,} | {cycles['dense']:,} "
+            f"| {cycles['gqe']:,} | **{each['ratio']:.2f}** | {each['issued_ratio']:.2f} "
+            f"| {each['dense_ratio']:.2f} | {pairs['splash']:.5f} | {pairs['gqe']:.5f} "
+            f"| {macs['splash']:.0%} | {macs['gqe']:.0%} |"
         )
     return "\n".join(lines)
 
 
-def write_json(path: Path, costs: Sequence[Cost | Comparison]) -> None:
-    """Everything that was measured, with the versions that it depends on."""
+def write_json(path: Path, command: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes results with the command that made them and the versions that they depend on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"versions": versions(), "results": [_plain(cost) for cost in costs]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    document = {"command": command, "versions": versions(), "results": results}
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def _plain(result: Cost | Comparison) -> dict:
-    if isinstance(result, Cost):
-        plain = dataclasses.asdict(result)
-        plain["cycles"], plain["issued"] = result.cycles, result.issued
-        if result.pairs:
-            plain["cycles_per_pair"] = result.cycles_per_pair
-            plain["mac_share"] = result.mac_share
-        for region in plain["regions"]:
-            region["busy"] = {unit: round(busy, 3) for unit, busy in region["busy"].items()}
-        return plain
-    return {
-        "chip": result.chip,
-        "head_dim": result.head_dim,
-        "length": result.length,
-        "training": result.training,
-        "ratio": result.ratio,
-        "issued_ratio": result.issued_ratio,
-        "dense_ratio": result.dense_ratio,
-        "splash": _plain(result.splash),
-        "gqe": _plain(result.gqe),
-        "dense": _plain(result.dense),
-        "sweep": result.sweep,
-    }
+def regions(cost: Cost) -> dict[str, Any]:
+    """All figures of one schedule, every region's among them."""
+    plain = dataclasses.asdict(cost) | {"cycles": cost.cycles, "issued": cost.issued}
+    if cost.pairs:
+        plain |= {"cycles_per_pair": cost.cycles_per_pair, "mac_share": cost.mac_share}
+    for region in plain["regions"]:
+        region["busy"] = {unit: round(busy, 3) for unit, busy in region["busy"].items()}
+    return plain
 
 
-def plot(path: Path, comparisons: Sequence[Comparison]) -> None:
+def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The ratio against the length, a line for each chip and head size."""
     import matplotlib
 
@@ -117,14 +154,16 @@ def plot(path: Path, comparisons: Sequence[Comparison]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for chip, head_dim in dict.fromkeys((c.chip, c.head_dim) for c in comparisons):
+    for chip, head_dim in dict.fromkeys((each["chip"], each["head_dim"]) for each in rows):
         points = sorted(
-            (c.length, c.ratio) for c in comparisons if (c.chip, c.head_dim) == (chip, head_dim)
+            (each["length"], each["ratio"])
+            for each in rows
+            if (each["chip"], each["head_dim"]) == (chip, head_dim)
         )
         style = "-" if head_dim == 128 else "--"
         axes.plot(*zip(*points, strict=True), style, marker="o", label=f"{chip}, D = {head_dim}")
     axes.axhline(16 / 9, color="grey", linewidth=1, label="work left out: 16/9")
-    lengths = sorted({c.length for c in comparisons})
+    lengths = sorted({each["length"] for each in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens")

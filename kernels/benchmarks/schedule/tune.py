@@ -1,22 +1,20 @@
 """The table of the forward kernel's block sizes: by chip, head size and length, the fastest."""
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from gqe_kernels.chips import CHIPS
 from gqe_kernels.pallas_tpu.blocks import TABLE
-from kernels.benchmarks.schedule import cases
-from kernels.benchmarks.schedule.chips import CHIPS
 from kernels.benchmarks.schedule.compare import GQE
-from kernels.benchmarks.schedule.compiler import OutOfVmemError, schedule, versions
-from kernels.benchmarks.schedule.cost import cost
+from kernels.benchmarks.schedule.compiler import versions
+from kernels.benchmarks.schedule.cost import cycles_at
 
 FORWARD = tuple(
     {"q": rows, "kv": rows, "strip": strip} for rows, strip in ((512, 256), (512, 128), (256, 256))
 )
-# A matrix unit of 256 columns has room beside a head of 128 for a column that sums the row.
-WIDE = ("v6e", "tpu7x")
 
 
 def tune(
@@ -36,10 +34,13 @@ def tune(
     table = {}
     with ThreadPoolExecutor(jobs) as pool:
         for chip, head_dim in itertools.product(CHIPS, head_dims):
-            sums = (False, True) if chip in WIDE and head_dim == 128 else (chip in WIDE,)
+            # A matrix unit of 256 columns has room beside a head of 128 for a column of ones.
+            wide = CHIPS[chip].mxu_size == 256
+            sums = (False, True) if wide and head_dim == 128 else (wide,)
             forward = [x | {"row_sum_on_mxu": on} for x in FORWARD for on in sums]
-            tried = _cycles(pool, chip, head_dim, lengths, forward)
-            entry = table.setdefault(chip.removeprefix("tpu"), {})[str(head_dim)] = {}
+            count = functools.partial(_cycles, chip, head_dim, lengths)
+            tried = [x for x in zip(forward, pool.map(count, forward), strict=True) if x[1]]
+            entry = table.setdefault(chip, {})[str(head_dim)] = {}
             for length in lengths:
                 blocks, cycles = min(tried, key=lambda x: x[1][length])
                 entry[str(length)] = blocks
@@ -55,21 +56,6 @@ def tune(
     return table
 
 
-def _cycles(pool, chip, head_dim, lengths, candidates) -> list[tuple[dict, dict]]:
-    """Each of the candidates that fit, with its cycles by length."""
-    longest = max(lengths)
-
-    def measure(blocks):
-        options = {"head_dim": head_dim, **blocks}
-        try:
-            programs = schedule(GQE, chip, {"length": longest, **options})
-        except OutOfVmemError:
-            return None
-        counted = {}
-        for length in lengths:
-            at = {"length": length, **options}
-            case = cases.gqe(chip=chip, **at)
-            counted[length] = cost(programs, GQE, chip, at, case, same_grid=False).cycles
-        return blocks, counted
-
-    return [found for found in pool.map(measure, candidates) if found is not None]
+def _cycles(chip, head_dim, lengths, blocks) -> dict[int, int] | None:
+    found = cycles_at(GQE, chip, lengths, {"head_dim": head_dim, **blocks})
+    return found and {length: sum(kernels.values()) for length, kernels in found.items()}

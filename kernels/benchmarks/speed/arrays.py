@@ -1,4 +1,4 @@
-"""What contenders are made of: random arrays, and functions of them."""
+"""The random arrays that contenders take, and the functions that they time."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.benchmarks.speed.cases import Case
+from kernels.benchmarks.speed.cases import SpeedCase
 from kernels.benchmarks.speed.timing import Contender, repeated
 
 
@@ -23,7 +23,7 @@ def contender(
     slots: Callable[[Any], jax.Array] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Contender:
-    """One whose program is `function`, traced within `around`."""
+    """A contender whose program repeats `function`, traced within `around`."""
 
     def lower(times: int) -> jax.stages.Lowered:
         with around():
@@ -43,19 +43,19 @@ def contender(
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Standard normal."""
+    """An array of standard normal values."""
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def selection(case: Case, groups: int, experts: int) -> jax.Array:
-    """Experts of each token and group, all equally likely: [batch, length, group, k]."""
+def selection(case: SpeedCase, groups: int, experts: int) -> jax.Array:
+    """Random experts for each token and group: [batch, length, group, k]."""
     shape = (case.batch, case.length, groups, experts)
     order = np.argsort(np.random.default_rng(0).random(shape, np.float32), axis=-1)
     return jnp.asarray(order[..., : case.top_k], jnp.int32)
 
 
 def with_gradients(function: Callable[..., Any], training: bool) -> Callable[..., Any]:
-    """`function(*floats)`; or, of (cotangent, *floats), its result and all gradients."""
+    """`function` itself; in training, its result and gradients, from (cotangent, *floats)."""
     if not training:
         return function
 

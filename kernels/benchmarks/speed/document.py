@@ -1,7 +1,8 @@
-"""The results as JSON: written whole after every case, and gone on with by the next run."""
+"""The results as JSON: written after every case, and continued by the next run."""
 
 import json
 import math
+import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,22 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from gqe_jax.storage import write_whole
-from gqe_jax.training.telemetry import peak_flops
-from kernels.benchmarks.speed.cases import Case
-from kernels.benchmarks.speed.contenders import sides
+from gqe_kernels.chips import peak_flops
+from kernels.benchmarks.speed.cases import SpeedCase
 from kernels.benchmarks.speed.timing import Outcome, spread
 
 PACKAGES = ("jax", "jaxlib", "flax", "tokamax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-KEPT = {"gqe": 1, "dense": 2}  # of the op's kernels, at the levels above it
+KEPT = {"gqe": 1, "dense": 2}  # kernels of the op that are timed in layers and models
+
+
+# The best options of the best kernels of the op, by side and name.
+Known = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 class DocumentError(ValueError):
-    """A file of results that a run cannot go on with."""
+    """A file of results that a run cannot continue."""
 
 
 def header(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all cases of a file have in common."""
+    """The device, versions and settings that all cases of a file share."""
     device = jax.devices()[0]
     return {
         "command": command,
@@ -68,15 +71,23 @@ def load(path: pathlib.Path, head: Mapping[str, Any]) -> dict[str, Any]:
     return {**head, "cases": list(cases.values())}
 
 
+def write(path: pathlib.Path, data: bytes) -> None:
+    """Replaces a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
 def save(path: pathlib.Path, document: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    write_whole(path, json.dumps(document, indent=1) + "\n")
+    """Writes the document; a reader sees the old file or the new one, never a part."""
+    write(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def best_options(document: Mapping[str, Any], case: Case) -> dict[tuple[str, str], dict[str, Any]]:
-    """The options of the fastest kernels of the op that this case's layers call, by side and name.
+def best_options(document: Mapping[str, Any], case: SpeedCase) -> Known:
+    """The options of the fastest kernels of the op that this case's layers call.
 
-    Of the nearest length that has been timed; empty where none has.
+    They are those at the nearest length that has been timed; empty where none has.
     """
     same = {"level": "op"} | {
         name: getattr(case, name) for name in ("training", "head_dim", "top_k")
@@ -101,19 +112,19 @@ def best_options(document: Mapping[str, Any], case: Case) -> dict[tuple[str, str
     }
 
 
-def record(case: Case, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
-    """A case as JSON has it.
+def record(case: SpeedCase, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """The JSON record of a case.
 
     Args:
-      outcomes: of its contenders and of the matrix product.
-      seconds: that all of it took.
+      outcomes: those of its contenders and of the matrix product.
+      seconds: what the whole case took.
     """
     (yardstick,) = (one for one in outcomes if one.contender.side == "matmul")
     rate = None
     if yardstick.seconds:
         rate = yardstick.contender.flops / statistics.median(yardstick.seconds)
     entries, best = [], {}
-    for side in sides(case):
+    for side in case.sides:
         of_side = [outcome for outcome in outcomes if outcome.contender.side == side]
         reference = next((one for one in of_side if one.contender.name == "xla"), None)
         for name in dict.fromkeys(outcome.contender.name for outcome in of_side):
@@ -124,7 +135,7 @@ def record(case: Case, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
             best[side] = min(timed, key=lambda one: statistics.median(one.seconds))
     ratio = None
     if len(best) == 2:
-        first, second = (best[side].seconds for side in sides(case))
+        first, second = (best[side].seconds for side in case.sides)
         ratio = spread([b / a for a, b in zip(first, second, strict=True)])
     return {
         "case": case.name,
@@ -144,9 +155,9 @@ def record(case: Case, outcomes: Sequence[Outcome], seconds: float) -> dict[str,
 
 
 def _entry(
-    case: Case, same: Sequence[Outcome], rate: float | None, reference: Outcome | None
+    case: SpeedCase, same: Sequence[Outcome], rate: float | None, reference: Outcome | None
 ) -> dict[str, Any]:
-    """A contender with the options that were kept, and what became of the others."""
+    """The record of one contender at its best options, with those that were tried."""
     kept = min(same, key=lambda one: (not one.seconds, one.screened is None, one.screened or 0.0))
     one = kept.contender
     entry = {
@@ -186,7 +197,7 @@ def _deviation(outcome: Outcome, reference: Outcome | None) -> float | None:
 
 
 def row(case: Mapping[str, Any]) -> str:
-    """A line of the table that is printed."""
+    """A row of the printed table."""
     by_side = {}
     for side, name in case["best"].items():
         by_side[side] = next(

@@ -1,11 +1,11 @@
-"""The speed-up against the length, as the paper's Figure 1 has it, a panel for each level."""
+"""The speed-up against the length, laid out as the paper's Figure 1: a panel for each level."""
 
 import io
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from gqe_jax.storage import write_whole
+from kernels.benchmarks.speed.document import write
 
 PANELS = {"op": "attention op", "layer": "attention layer", "model": "whole model"}
 BOUND = 16 / 9
@@ -14,7 +14,7 @@ PAPER_SHORT, PAPER_LONG = (2048, 1.15), (4096, 1.67, 1.80)
 
 
 def lines(document: Mapping[str, Any], level: str) -> dict[str, list[tuple[int, dict]]]:
-    """(length, ratio) by the legend's text; single short sequences are left out."""
+    """(length, ratio) pairs by the legend's text, without single short sequences."""
     tokens = document["settings"]["tokens"]
     found: dict[str, list[tuple[int, dict]]] = {}
     for case in document["cases"]:
@@ -29,16 +29,23 @@ def lines(document: Mapping[str, Any], level: str) -> dict[str, list[tuple[int, 
 
 
 def draw(path: pathlib.Path, document: Mapping[str, Any]) -> None:
-    """Writes the PNG, whole or not at all."""
+    """Writes the PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(PANELS), figsize=(15, 5), sharey=True, layout="constrained"
+    levels = [level for level in PANELS if lines(document, level)] or ["op"]
+    figure, grid = pyplot.subplots(
+        1,
+        len(levels),
+        figsize=(5 * len(levels), 5),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
-    for axes, (level, title) in zip(panels, PANELS.items(), strict=True):
+    panels = grid[0]
+    for axes, level in zip(panels, levels, strict=True):
         found = lines(document, level)
         lengths = sorted({length for points in found.values() for length, _ in points})
         for name, points in found.items():
@@ -60,7 +67,7 @@ def draw(path: pathlib.Path, document: Mapping[str, Any]) -> None:
             axes.plot(*PAPER_SHORT, marker="x", color="grey", linestyle="none")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
-        axes.set_title(title)
+        axes.set_title(PANELS[level])
         axes.set_xlabel("tokens")
         axes.legend(fontsize="small")
     panels[0].set_ylabel("time of dense GQA / time of GQE")
@@ -68,4 +75,4 @@ def draw(path: pathlib.Path, document: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     pyplot.close(figure)
-    write_whole(path, buffer.getvalue())
+    write(path, buffer.getvalue())

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from gqe_kernels import routed_attention
-from kernels.benchmarks.speed import work
 from kernels.benchmarks.speed.arrays import contender, normal, selection, with_gradients
-from kernels.benchmarks.speed.cases import Case, Scale
+from kernels.benchmarks.speed.cases import Scale, SpeedCase
 from kernels.benchmarks.speed.peers import implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
@@ -20,11 +19,21 @@ BLOCKS = {
     ),
     128: tuple(("pallas_gpu", {"kv": kv, "stages": 2}) for kv in (128, 64)),
 }
-COMPARED = 4096  # tokens, up to which results are held against one another
+COMPARED = 4096  # tokens, up to which results are compared with those of `xla`
+
+
+def attention_flops(heads: int, head_dim: int, length: int, batch: int, *, training: bool) -> int:
+    """Floating-point operations that causal attention needs; a multiply and an add are two.
+
+    Two products for each pair of a query and a key that it sees; backward five more: the logits
+    again, however often a kernel computes them, dV, dP, dQ and dK.
+    """
+    pairs = length * (length + 1) // 2
+    return 2 * (7 if training else 2) * head_dim * pairs * heads * batch
 
 
 def matmul(size: int, dtype: jnp.dtype) -> Contender:
-    """The yardstick: a square matrix product."""
+    """A square matrix product, whose rate is what the device can reach."""
     a, b = (normal(i, (size, size), dtype) for i in (0, 1))
     return contender("matmul", "matmul", lambda a, b: a @ b, (a, b), 2 * size**3)
 
@@ -37,20 +46,17 @@ def _blocks(options: Mapping[str, int]) -> contextlib.AbstractContextManager:
     return pallas_gpu.use_block_sizes(pallas_gpu.BlockSizes(**options))
 
 
-def attention(case: Case, scale: Scale, platform: str) -> list[Contender]:
+def op(case: SpeedCase, scale: Scale, platform: str) -> list[Contender]:
     """GQE's op by this project's implementations, the dense one by all peers; at the level "blocks"
     GQE's alone, with several block sizes."""
-    config = case.model(scale, "gqe").attention
-    dtype, head_dim = jnp.dtype(scale.model.dtype), case.head_dim
-    heads, groups = config.num_query_experts, config.num_kv_heads
+    dtype, head_dim, heads = jnp.dtype(scale.dtype), case.head_dim, scale.heads
+    groups = scale.groups // case.top_k
+    selected = groups * case.top_k
     tokens = (case.batch, case.length)
     query = normal(0, (*tokens, heads, head_dim), dtype)
     key, value = (normal(i, (*tokens, groups, head_dim), dtype) for i in (1, 2))
-    shared_query = normal(3, (*tokens, head_dim), dtype)
-    weight = jnp.full((*tokens, groups, case.top_k), 1 / (groups * case.top_k), dtype)
-    index = selection(case, groups, config.experts_per_group)
     flops = functools.partial(
-        work.attention,
+        attention_flops,
         head_dim=head_dim,
         length=case.length,
         batch=case.batch,
@@ -58,45 +64,42 @@ def attention(case: Case, scale: Scale, platform: str) -> list[Contender]:
     )
     first = (lambda result: result[0]) if case.training else (lambda result: result)
     compared = case.length <= COMPARED
-    found = []
     tuning = case.level == "blocks"
+
+    grouped = query.reshape(*tokens, groups, -1, head_dim)
+    weight = jnp.full((*tokens, groups, case.top_k), 1 / selected, dtype)
+    shared_query = normal(3, (*tokens, head_dim), dtype)
+    index = selection(case, groups, heads // groups)
+    arguments = (grouped, key, value, weight, shared_query, index)
+    if case.training:  # slots of the selected experts, the weighted one and the shared one
+        arguments = (normal(4, (*tokens, selected + 2, head_dim), dtype), *arguments)
+    found = []
     own = BLOCKS[head_dim] if tuning else ((name, {}) for name in implementations(platform))
     for name, options in own:
 
-        def routed(query, key, value, weight, shared_query, index, name=name):
-            return routed_attention(
-                query, key, value, index, weight, shared_query, implementation=name
-            )
-
-        def timed(*arguments, routed=routed):
+        def timed(*arguments, name=name):
             *floats, index = arguments
-            function = with_gradients(lambda *floats: routed(*floats, index), case.training)
-            return function(*floats)
 
-        grouped = query.reshape(*tokens, groups, -1, head_dim)
-        arguments = (grouped, key, value, weight, shared_query, index)
-        if case.training:
-            arguments = (normal(4, (*tokens, config.num_slots, head_dim), dtype), *arguments)
-        needed = flops(config.num_active_heads)
-        slots = first if compared else None
+            def routed(query, key, value, weight, shared_query):
+                given = (query, key, value, index, weight, shared_query)
+                return routed_attention(*given, implementation=name)
+
+            return with_gradients(routed, case.training)(*floats)
+
         around = functools.partial(_blocks, options)
+        slots = first if compared else None
+        needed = flops(selected + 1)  # the shared head, too
         found.append(contender(name, "gqe", timed, arguments, needed, options, around, slots))
     for peer in () if tuning else peers(platform):
-        prepared = peer.prepare(query, key, value)
-        arguments = prepared
+        arguments = peer.prepare(query, key, value)
         if case.training:  # like the query in shape, whatever the layout
-            arguments = (normal(4, prepared[0].shape, prepared[0].dtype), *prepared)
+            arguments = (normal(4, arguments[0].shape, arguments[0].dtype), *arguments)
         for options in peer.options:
             function = with_gradients(functools.partial(peer.attend, **options), case.training)
+            slots = (lambda out, peer=peer: peer.finish(first(out))) if compared else None
             found.append(
                 contender(
-                    peer.name,
-                    "dense",
-                    function,
-                    arguments,
-                    flops(heads),
-                    options,
-                    slots=(lambda out, peer=peer: peer.finish(first(out))) if compared else None,
+                    peer.name, "dense", function, arguments, flops(heads), options, slots=slots
                 )
             )
     return found

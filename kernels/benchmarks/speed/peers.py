@@ -22,14 +22,15 @@ def _as_it_is(query: Heads, key: Heads, value: Heads) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A kernel.
+    """A dense attention kernel.
 
     Attributes:
-      attend: attention, of what `prepare` returns and keywords from `options`.
-      options: keywords to choose among by trying, such as block sizes.
-      prepare: from [batch, length, head, head_dim] to the layout and type that the kernel takes,
-        with the scale where it knows none. The op is timed without it, a layer with it.
-      finish: from the kernel's layout back.
+      attend: attention; takes what `prepare` returns, and keywords from `options`.
+      options: keywords that are tried, such as block sizes.
+      prepare: brings [batch, length, head, head_dim] into the kernel's layout and type, and
+        multiplies by the scale where the kernel does not. The op is timed without it, a layer with
+        it.
+      finish: brings the result back from the kernel's layout.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Peer:
 
 
 def own(name: str) -> Peer:
-    """An implementation of `gqe_kernels.dense_attention`."""
+    """The peer for an implementation of `gqe_kernels.dense_attention`."""
 
     def attend(query, key, value):
         grouped = query.reshape(*key.shape[:3], -1, key.shape[3])
@@ -82,7 +83,7 @@ def _attention_mgpu(query: Heads, key: Heads, value: Heads, **blocks: int) -> He
 
 
 def _splash(query: Array, key: Array, value: Array, *, block_q: int, block_kv: int) -> Array:
-    """[batch, head, length, head_dim]."""
+    """Splash attention of [batch, head, length, head_dim]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -145,10 +146,10 @@ _OURS = {"gpu": ("pallas_gpu", "cudnn", "xla"), "tpu": ("pallas_tpu", "xla"), "c
 
 
 def peers(platform: str) -> tuple[Peer, ...]:
-    """The kernels to compare with on a platform, whether or not they run."""
+    """The dense kernels of a platform, whether or not they run."""
     return _PEERS[platform]
 
 
 def implementations(platform: str) -> tuple[str, ...]:
-    """Of `gqe_kernels.routed_attention`: the platform's kernel first."""
+    """The implementations of `routed_attention` on a platform, its own kernel first."""
     return _OURS[platform]

@@ -1,7 +1,8 @@
-"""Compiles contenders, finds the best options of each, and times them in turn."""
+"""Compiles contenders, finds the best options of each, and times them in alternation."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import statistics
 import sys
@@ -26,19 +27,19 @@ class DeviceLost(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something to time.
+    """A program to time, and what it is compared by.
 
     Attributes:
-      name: of the kernel or implementation.
+      name: the kernel or implementation.
       side: contenders of one side compete; a case's ratio is that of its sides' best.
-      lower: traces and lowers a program that does the work so many times over.
-      arguments: of the program.
-      flops: of the work done once.
+      lower: traces and lowers a program that does the work the given number of times.
+      arguments: what the program takes.
+      flops: floating-point operations that the work needs, done once.
       options: the contender's block sizes, say. Contenders that differ in these alone are one, of
         which the fastest is kept.
       compiler_options: XLA's flags for this program; they stand among the options too.
       stateful: the first argument is donated, and replaced by the first result.
-      slots: from the result to what is compared with other contenders' of the same side.
+      slots: picks from the result what is compared with other contenders of the same side.
     """
 
     name: str
@@ -54,14 +55,14 @@ class Contender:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a contender.
+    """A contender's timings, or the error that it failed with.
 
     Attributes:
       error: why it did not run.
-      screened: seconds, from the trials before the rounds.
-      seconds: of each round; none where it was hopeless.
+      screened: seconds, the least of the trials before the rounds.
+      seconds: one value for each round; none if the contender was hopeless.
       memory: bytes of the program's arguments, results and temporaries.
-      slots: its result.
+      slots: the result, to compare.
       run: takes one measurement.
     """
 
@@ -75,10 +76,11 @@ class Outcome:
 
 
 def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:
-    """`function`, done `times` times in one program, so that launching it costs next to nothing.
+    """A program that calls `function` `times` times, so that launching it costs next to nothing.
 
-    Each time waits for a number of the result before, through a barrier that XLA cannot look into,
-    or it would do the work once. The program returns the last result, and the sum of these numbers.
+    Each call waits for a number of the result before it, through a barrier that XLA cannot look
+    into; else XLA would do the work once. The program returns the last result, and the sum of these
+    numbers.
     """
 
     def run(*arguments):
@@ -104,13 +106,17 @@ def time_contenders(
     seconds: float,
     flops_per_second: float,
     progress: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+    probe: Callable[[], Any] = lambda: jax.block_until_ready(jnp.zeros(8) + 1),
 ) -> list[Outcome]:
-    """Times all contenders that run, in turn.
+    """Times all contenders that run, in alternation.
 
     Args:
       seconds: that one measurement of one contender should take.
-      flops_per_second: a guess of their speed.
+      flops_per_second: a guess of their speed, which decides how often the work is repeated.
       progress: called with what is under way.
+      clock: seconds.
+      probe: a little work, which fails where the device does none any more.
 
     Returns:
       One outcome for each contender; of those that differ in their options alone, only the fastest
@@ -126,16 +132,16 @@ def time_contenders(
         progress(f"compiling {number}/{len(contenders)}: {one.name}")
         outcome = Outcome(one)
         outcomes.append(outcome)
-        lowered.append(_attempt(outcome, lambda o=one, n=repeats: o.lower(n)))
+        lowered.append(_attempt(outcome, probe, lambda o=one, n=repeats: o.lower(n)))
     with ThreadPoolExecutor(8) as pool:
-        compiled = list(pool.map(_compile, outcomes, lowered))
+        compile_ = functools.partial(_compile, probe)
+        compiled = list(pool.map(compile_, outcomes, lowered))
     for number, (outcome, program) in enumerate(zip(outcomes, compiled, strict=True), 1):
         if program is not None:
             progress(f"trying {number}/{len(outcomes)}: {outcome.contender.name}")
-            with _watched(outcome.contender):
-                _attempt(
-                    outcome, lambda o=outcome, p=program, n=times[number - 1]: _screen(o, p, n)
-                )
+            screen = functools.partial(_screen, outcome, program, times[number - 1], clock)
+            with watched(outcome.contender):
+                _attempt(outcome, probe, screen)
     chosen = _chosen(outcomes)
     for number in range(rounds):
         progress(f"round {number + 1}/{rounds}")
@@ -149,10 +155,14 @@ def _times(contender: Contender, seconds: float, flops_per_second: float) -> int
     return max(1, min(100, round(seconds * flops_per_second / contender.flops)))
 
 
-def _attempt(outcome: Outcome, function: Callable[[], Any]) -> Any:
+def _attempt(outcome: Outcome, probe: Callable[[], Any], function: Callable[[], Any]) -> Any:
     """What `function` returns; None, and the outcome's error, if it fails.
 
-    Other people's kernels fail in ways of their own, which is a result like any other.
+    Other people's kernels fail in ways of their own, which is a result like any other. But after an
+    illegal access all work on a GPU fails, so the device is probed.
+
+    Raises:
+      DeviceLost: the probe failed.
     """
     try:
         return function()
@@ -160,18 +170,13 @@ def _attempt(outcome: Outcome, function: Callable[[], Any]) -> Any:
         lines = str(error).strip().splitlines() or [""]
         outcome.error = f"{type(error).__name__}: {lines[0]}"[:500]
         outcome.run = outcome.slots = None
-        _check_device(outcome)
+        try:
+            probe()
+        except Exception as lost:
+            raise DeviceLost(
+                f"the device does no work after {_described(outcome.contender)}: {outcome.error}"
+            ) from lost
         return None
-
-
-def _check_device(outcome: Outcome) -> None:
-    """After an illegal access all that a process asks of a GPU fails."""
-    try:
-        jax.block_until_ready(jnp.zeros(8) + 1)
-    except Exception as error:
-        raise DeviceLost(
-            f"the device does no work after {_described(outcome.contender)}: {outcome.error}"
-        ) from error
 
 
 def _described(contender: Contender) -> str:
@@ -180,9 +185,21 @@ def _described(contender: Contender) -> str:
 
 
 @contextlib.contextmanager
-def _watched(contender: Contender) -> Iterator[None]:
-    """Ends the process if a kernel hangs, for nothing else can; what it found so far is kept."""
-    timer = threading.Timer(HANGING, _leave, [contender])
+def watched(
+    contender: Contender, seconds: float = HANGING, leave: Callable[[int], Any] = os._exit
+) -> Iterator[None]:
+    """Ends the process if a kernel hangs, for nothing else can; written results are kept."""
+
+    def end() -> None:
+        print(
+            f"error: {_described(contender)} has not ended in {seconds} seconds; continue with "
+            f"--without {contender.name}",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(1)
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
@@ -191,20 +208,18 @@ def _watched(contender: Contender) -> Iterator[None]:
         timer.cancel()
 
 
-def _leave(contender: Contender) -> None:
-    message = f"error: {_described(contender)} has not ended in {HANGING} seconds; go on with "
-    print(f"{message}--without {contender.name}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _compile(outcome: Outcome, lowered: jax.stages.Lowered | None) -> jax.stages.Compiled | None:
+def _compile(
+    probe: Callable[[], Any], outcome: Outcome, lowered: jax.stages.Lowered | None
+) -> jax.stages.Compiled | None:
     if lowered is None:
         return None
     flags = dict(outcome.contender.compiler_options)
-    return _attempt(outcome, lambda: lowered.compile(compiler_options=flags or None))
+    return _attempt(outcome, probe, lambda: lowered.compile(compiler_options=flags or None))
 
 
-def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> None:
+def _screen(
+    outcome: Outcome, program: jax.stages.Compiled, repeats: int, clock: Callable[[], float]
+) -> None:
     contender = outcome.contender
     stats = program.memory_analysis()
     if stats is not None:
@@ -213,13 +228,13 @@ def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> Non
     arguments = list(contender.arguments)
 
     def run() -> tuple[float, Any]:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats if contender.stateful else 1):
             result = program(*arguments)
             if contender.stateful:
                 arguments[0] = result[0]
         jax.block_until_ready(result)
-        return (time.perf_counter() - start) / repeats, result
+        return (clock() - start) / repeats, result
 
     first, result = run()
     if contender.slots is not None:
@@ -233,7 +248,7 @@ def _screen(outcome: Outcome, program: jax.stages.Compiled, repeats: int) -> Non
 
 
 def _chosen(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The fastest of each name, but for those without hope."""
+    """The fastest contender of each name, without those that are hopeless."""
     ran = [outcome for outcome in outcomes if outcome.run is not None]
     best: dict[tuple[str, str], Outcome] = {}
     of_side: dict[str, float] = {}
@@ -250,6 +265,6 @@ def _chosen(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """The median and the quartiles."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
     return dict(zip(("q1", "median", "q3"), quartiles, strict=True))

@@ -15,9 +15,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from gqe_kernels.chips import H200_MULTIPROCESSORS
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS
-
-H200_MULTIPROCESSORS = 132
 
 
 class Items(NamedTuple):

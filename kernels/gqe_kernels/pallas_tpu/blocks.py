@@ -9,9 +9,8 @@ from pathlib import Path
 
 import jax
 
+from gqe_kernels.chips import CHIPS, MIB, chip_name
 from gqe_kernels.pallas_tpu.layout import LANES, Layout
-
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +61,8 @@ class BlockSizes:
         return launches, -(-num_q // launches)
 
 
-# What a chip has, whatever the shapes. Where the chip is not known while tracing, what all have.
+# Where a core has more than 64 MiB of VMEM; the defaults of `BlockSizes` fit every chip.
 _LARGE = {"d_query_bytes": 48 * MIB, "vmem_bytes": 110 * MIB}
-_CHIPS = {
-    "v5e": _LARGE,
-    "v5p": {},
-    "v6e": {"bfloat16_exp": True, **_LARGE},
-    "7x": {"bfloat16_exp": True},
-}
 # Of fewest cycles by the static schedule; written by `tpu_schedule --tune` of kernels/benchmarks.
 TABLE = Path(__file__).with_name("block_sizes.json")
 
@@ -84,29 +77,21 @@ def tuned(chip: str | None, head_dim: int, length: int) -> BlockSizes:
     """The table's entry for the head size and the length nearest to these.
 
     Args:
-      chip: "v5e", "v5p", "v6e", "7x", or None: not known.
+      chip: a key of `CHIPS`, or None: not known.
     """
     if chip is None:
         return BlockSizes()
     entry = _table()[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
     nearest = min(entry, key=lambda known: abs(math.log(int(known) / length)))
-    return BlockSizes(**_CHIPS[chip], **entry[nearest])
+    large = _LARGE if CHIPS[chip].vmem_bytes > 64 * MIB else {}
+    return BlockSizes(bfloat16_exp=CHIPS[chip].bfloat16_exp, **large, **entry[nearest])
 
 
 def lowered_chip() -> str | None:
     """The chip generation of the mesh in scope, or of this process; None if neither is a TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    names = {
-        "TPU v5 lite": "v5e",
-        "TPU v5e": "v5e",
-        "TPU v5": "v5p",
-        "TPU v5p": "v5p",
-        "TPU v6 lite": "v6e",
-        "TPU v6e": "v6e",
-        "TPU7x": "7x",
-    }
-    return names.get(kind)
+    return chip_name(kind)
 
 
 def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int) -> int:
@@ -163,7 +148,7 @@ def default_block_sizes(
 
     Args:
       pieces: of the queries; blocks do not cross from one to the next.
-      chip: "v5e", "v5p", "v6e" or "7x"; None: `lowered_chip()`.
+      chip: a key of `CHIPS`; None: `lowered_chip()`.
     """
     blocks = tuned(chip or lowered_chip(), layout.head_dim, kv_len)
 

@@ -1,22 +1,20 @@
-"""Contenders of the projection of queries where a group has many experts."""
+"""Contenders for projecting queries where a group has many experts."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kernels.benchmarks.speed import work
+from experiments.whole import ModelScale
 from kernels.benchmarks.speed.arrays import contender, normal, selection, with_gradients
-from kernels.benchmarks.speed.cases import Case, Scale
+from kernels.benchmarks.speed.cases import SpeedCase
 from kernels.benchmarks.speed.timing import Contender
 
 
-def projection(case: Case, scale: Scale) -> list[Contender]:
-    """Queries of all experts, of which the selected are taken; or of the selected alone."""
-    attention = case.model(scale, "gqe").attention
-    dtype, embed, head_dim = jnp.dtype(scale.model.dtype), attention.embed_dim, case.head_dim
-    groups, experts = attention.num_kv_heads, attention.experts_per_group
+def projection(case: SpeedCase, scale: ModelScale) -> list[Contender]:
+    """The selected experts' queries: taken from those of all experts, or projected alone."""
+    dtype, embed, head_dim = jnp.dtype(scale.dtype), scale.model.embed_dim, case.head_dim
+    groups, experts = scale.groups, case.experts_per_group
     x = normal(0, (case.batch, case.length, embed), dtype)
     kernel = normal(1, (embed, groups, experts, head_dim), dtype) / embed**0.5
     index = selection(case, groups, experts)
@@ -24,9 +22,7 @@ def projection(case: Case, scale: Scale) -> list[Contender]:
     arguments = (x, kernel, index)
     if case.training:
         arguments = (normal(2, (*index.shape, head_dim), dtype), *arguments)
-    flops = functools.partial(
-        work.projection, embed, head_dim, tokens=tokens, training=case.training
-    )
+    flops_of_a_head = 2 * tokens * embed * head_dim * (3 if case.training else 1)
     found = []
     for name, side, project, heads in (
         ("ragged_dot", "selected", selected_queries, groups * case.top_k),
@@ -40,7 +36,7 @@ def projection(case: Case, scale: Scale) -> list[Contender]:
             return function(*floats)
 
         first = (lambda result: result[0]) if case.training else (lambda result: result)
-        found.append(contender(name, side, timed, arguments, flops(heads), slots=first))
+        found.append(contender(name, side, timed, arguments, heads * flops_of_a_head, slots=first))
     return found
 
 
@@ -56,7 +52,7 @@ def selected_queries(
     index: jax.Array,
     ragged_dot: Callable[..., jax.Array] = jax.lax.ragged_dot,
 ) -> jax.Array:
-    """The same with the selected experts' projections alone: one ragged product over sorted rows.
+    """Projects the selected experts alone, by one ragged product over sorted rows.
 
     A row is a token in a group and rank; rows of one expert stand together.
     """

@@ -1,4 +1,4 @@
-"""Contenders of what is around the op: the layer, the model, the training step."""
+"""Contenders at the levels above the op: the layer, the model, the training step."""
 
 import contextlib
 import dataclasses
@@ -11,22 +11,69 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import CONFIGS
-from gqe_jax.config import MeshConfig
+from gqe_jax.config import AttentionConfig, MeshConfig, ModelConfig, Variant
 from gqe_jax.data import Batch
 from gqe_jax.model import attention as layers
+from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
 from gqe_jax.training.steps import forward_loss, make_steps
-from kernels.benchmarks.speed import work
 from kernels.benchmarks.speed.arrays import contender, normal
-from kernels.benchmarks.speed.cases import Case, Scale
+from kernels.benchmarks.speed.cases import Scale, SpeedCase
+from kernels.benchmarks.speed.document import Known
+from kernels.benchmarks.speed.op import attention_flops
 from kernels.benchmarks.speed.peers import Peer, implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
-Known = Mapping[tuple[str, str], Mapping[str, Any]]
 # XLA merges products of one input where they are small; with this limit, in MB, also those of
 # 32,768 tokens, so that queries, keys and values are one product.
 MERGING = {"gpu": ({}, {"xla_gpu_dot_merger_threshold_mb": 512})}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelScale(Scale):
+    """Sizes of whole models.
+
+    Attributes:
+      model: the geometry; the case replaces variant, top_k, groups and head size.
+      step_lengths: sequence lengths of the training steps.
+    """
+
+    model: ModelConfig
+    step_lengths: tuple[int, ...]
+
+
+def model_config(case: SpeedCase, scale: ModelScale, variant: Variant) -> ModelConfig:
+    """The model of a case."""
+    attention = dataclasses.replace(
+        scale.model.attention,
+        variant=variant,
+        head_dim=case.head_dim,
+        top_k=case.top_k,
+        num_query_experts=scale.heads,
+        num_kv_heads=scale.groups // case.top_k,
+    )
+    return dataclasses.replace(scale.model, attention=attention)
+
+
+def layer_flops(config: AttentionConfig, length: int, batch: int, *, training: bool) -> int:
+    """Floating-point operations of an attention layer: its projections, router and heads."""
+    embed, head_dim = config.embed_dim, config.resolved_head_dim
+    columns = head_dim * (config.num_query_experts + 2 * config.num_kv_heads + config.num_slots)
+    if config.variant == "gqe":
+        columns += head_dim + config.num_query_experts
+    products = 2 * length * batch * embed * columns * (3 if training else 1)
+    heads = config.num_active_heads
+    return products + attention_flops(heads, head_dim, length, batch, training=training)
+
+
+def model_flops(config: ModelConfig, length: int, batch: int, *, training: bool) -> float:
+    """Floating-point operations of a model's loss and gradients, or of a prefill, which has the
+    logits of the last token alone."""
+    flops = length * batch * matmul_flops_per_token(config, length)
+    if training:
+        return 3 * flops
+    return flops - 2 * config.embed_dim * config.vocab_size * (length - 1) * batch
 
 
 @contextlib.contextmanager
@@ -45,7 +92,7 @@ def dense_by(peer: Peer, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _variants(platform: str, known: Known) -> Iterator[tuple[str, str, dict, Callable]]:
-    """(name, variant, options, context to trace in): of layers and models."""
+    """(name, variant, options, context to trace in) of each contender."""
     ours = [name for side, name in known if side == "gqe"] or implementations(platform)[:1]
     for name in ours:
         yield name, "gqe", {}, contextlib.nullcontext
@@ -67,13 +114,13 @@ def _side(variant: str) -> str:
     return "gqe" if variant == "gqe" else "dense"
 
 
-def layer(case: Case, scale: Scale, platform: str, known: Known) -> list[Contender]:
-    """The attention layer, from and to the residual stream."""
-    dtype = jnp.dtype(scale.model.dtype)
+def layer(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
+    """Attention layers, from the residual stream and back to it."""
+    dtype = jnp.dtype(scale.dtype)
     x = normal(0, (case.batch, case.length, scale.model.embed_dim), dtype)
     found = []
     for name, variant, options, around in _variants(platform, known):
-        config = case.model(scale, variant).attention
+        config = model_config(case, scale, variant).attention
         make = functools.partial(
             layers.make_attention,
             config,
@@ -92,7 +139,7 @@ def layer(case: Case, scale: Scale, platform: str, known: Known) -> list[Contend
             out, vjp = jax.vjp(forward, params, x)
             return out, vjp((x, jnp.ones(())))
 
-        flops = work.layer(config, case.length, case.batch, training=case.training)
+        flops = layer_flops(config, case.length, case.batch, training=case.training)
         found += [
             contender(
                 name,
@@ -109,18 +156,18 @@ def layer(case: Case, scale: Scale, platform: str, known: Known) -> list[Contend
     return found
 
 
-def _tokens(case: Case, scale: Scale) -> jax.Array:
+def _tokens(case: SpeedCase, scale: ModelScale) -> jax.Array:
     shape = (case.batch, case.length)
     return jax.random.randint(jax.random.key(0), shape, 0, scale.model.vocab_size)
 
 
-def model(case: Case, scale: Scale, platform: str, known: Known) -> list[Contender]:
-    """A prefill, or the loss and its gradients."""
+def model(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
+    """Models: a prefill, or the loss and its gradients."""
     tokens = _tokens(case, scale)
     run = CONFIGS["gqe_250m"]
     found = []
     for name, variant, options, around in _variants(platform, known):
-        config = case.model(scale, variant)
+        config = model_config(case, scale, variant)
         implementation = _implementation(name, variant)
         create = functools.partial(Transformer, config, implementation=implementation)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0))))
@@ -139,15 +186,15 @@ def model(case: Case, scale: Scale, platform: str, known: Known) -> list[Contend
             (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, count)
             return value, grads
 
-        flops = work.model(config, case.length, case.batch, training=case.training)
+        flops = model_flops(config, case.length, case.batch, training=case.training)
         function = gradients if case.training else prefill
         arguments = (params, tokens)
         found.append(contender(name, _side(variant), function, arguments, flops, options, around))
     return found
 
 
-def step(case: Case, scale: Scale, platform: str, known: Known) -> list[Contender]:
-    """The step that `train.py` runs, on one device."""
+def step(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
+    """Training steps as `train.py` runs them, on one device."""
     tokens = _tokens(case, scale)
     batch = Batch(tokens, tokens, jnp.ones(tokens.shape))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -155,7 +202,7 @@ def step(case: Case, scale: Scale, platform: str, known: Known) -> list[Contende
     for name, variant, options, around in _variants(platform, known):
         config = dataclasses.replace(
             CONFIGS["gqe_250m"],
-            model=case.model(scale, variant),
+            model=model_config(case, scale, variant),
             mesh=MeshConfig(data=1),
             batch_size=case.batch,
             sequence_length=case.length,
@@ -167,7 +214,7 @@ def step(case: Case, scale: Scale, platform: str, known: Known) -> list[Contende
             with around():
                 return steps.train_step.lower(*arguments)
 
-        flops = work.model(config.model, case.length, case.batch, training=True)
+        flops = model_flops(config.model, case.length, case.batch, training=True)
         found.append(
             Contender(name, _side(variant), lower, (state, batch), flops, options, stateful=True)
         )

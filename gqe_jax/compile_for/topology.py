@@ -1,10 +1,4 @@
-"""What a TPU chip can do, by what JAX calls one device, and the slices that are compiled for.
-
-Source: Google Cloud's pages on v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v5p and so
-on), read in 2026: HBM in GiB, bfloat16 peaks, and the ICI and DCN bandwidth of a chip. A link's
-bandwidth is the chip's bidirectional ICI bandwidth over twice its number of links. The chip's own
-figures are halved for TPU7x, of which JAX sees each chip as two devices.
-"""
+"""Slices of TPU chips that need not be there, and the links between their chips."""
 
 import dataclasses
 import os
@@ -13,36 +7,8 @@ import jax
 import numpy as np
 
 from gqe_jax.config import ConfigError
+from gqe_kernels.chips import CHIPS, Chip
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One device; a second is the unit of all rates.
-
-    Attributes:
-      peak_flops: bfloat16 multiply-adds, 2 each.
-      link_bandwidth: bytes in one direction over one of the `links` to neighbours.
-      dcn_bandwidth: bytes in one direction over the data-center network, the host's shared out.
-      wraps: along a dimension of this many chips or a multiple, the last is linked to the first.
-    """
-
-    hbm_bytes: int
-    peak_flops: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    links: int
-    dcn_bandwidth: float
-    wraps: int
-
-
-CHIPS = {
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 50e9, 4, 25e9 / 8, wraps=16),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 100e9, 6, 50e9 / 8, wraps=4),
-    "v6e": Chip(32 * GIB, 918e12, 1638e9, 100e9, 4, 100e9 / 8, wraps=16),
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 100e9 / 2, 6, 100e9 / 8 / 2, wraps=4),
-}
 EXAMPLES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4")
 
 
