@@ -54,9 +54,10 @@ def test_docstrings_run(module):
 
 
 def test_the_two_commands_install_and_then_train_or_test():
+    """Double quotes, because the command prompt of Windows has no single ones."""
     assert re.findall(r"^pip install .* && .*$", README, re.MULTILINE) == [
         "pip install -r requirements.txt && python train.py",
-        "pip install -e '.[test]' && python -m pytest",
+        'pip install -e ".[test]" && python -m pytest',
     ]
 
 
