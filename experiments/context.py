@@ -153,7 +153,7 @@ def row(name: str, function, topology: Topology) -> str:
 
 def main() -> None:
     """Prints the table."""
-    print("| shards | | sent | temporaries | launches | compute | HBM | ICI | in turn |")
+    print("| shards | | sent | temporaries | launches | compute | HBM | ICI | sum |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in TOPOLOGIES.values():
         topology = get_topology(name)

@@ -14,8 +14,8 @@ from gqe_jax.config import DataConfig
 from gqe_jax.runs import write_config
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
-INTEROP_COMMANDS = re.findall(r"^python -m gqe_jax\.interop\..*$", README, re.MULTILINE)
+WEIGHTS = (REPOSITORY / "docs" / "weights.md").read_text()
+INTEROP_COMMANDS = re.findall(r"^python -m gqe_jax\.interop\..*$", WEIGHTS, re.MULTILINE)
 
 
 def run(*arguments):
@@ -57,7 +57,7 @@ def test_train_takes_the_configuration_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("command", INTEROP_COMMANDS, ids=lambda line: line.split()[2])
-def test_the_readmes_commands_for_weights_take_their_flags(command, tmp_path, monkeypatch):
+def test_the_documented_commands_for_weights_take_their_flags(command, tmp_path, monkeypatch):
     """What they do is in test_interop and test_upcycle; here what they are to read is not there."""
     _, _, module, *arguments = command.split("  #")[0].split()
     monkeypatch.chdir(tmp_path)

@@ -9,9 +9,11 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+DOCUMENTS = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+PAGES = (*DOCUMENTS, REPOSITORY / "kernels" / "README.md")
 EXAMPLES = [
     pytest.param(path.name, example, id=f"{path.stem}-{number}")
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    for path in DOCUMENTS
     for number, example in enumerate(
         re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     )
@@ -27,6 +29,21 @@ def test_examples_run(document, example):
     exec(compile(example, document, "exec"), {"__name__": "example"})
 
 
+def anchors(page):
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_pages_and_headings_that_exist(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]*)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
 @pytest.mark.parametrize(
     "module", ["gqe_jax.model.attention", "gqe_jax.generation", "gqe_jax.linen", "gqe_kernels.api"]
 )
@@ -37,10 +54,10 @@ def test_docstrings_run(module):
 
 
 def test_the_two_commands_install_and_then_train_or_test():
-    commands = re.findall(r"^pip install -r requirements.txt && .*$", README, re.MULTILINE)
-    assert [command.split(" && ")[1] for command in commands] == [
-        "python train.py",
-        "python -m pytest",
+    """Double quotes, because the command prompt of Windows has no single ones."""
+    assert re.findall(r"^pip install .* && .*$", README, re.MULTILINE) == [
+        "pip install -r requirements.txt && python train.py",
+        'pip install -e ".[test]" && python -m pytest',
     ]
 
 
