@@ -60,7 +60,8 @@ def assert_close(ours, theirs):
         for name, value in ours.items():
             assert_close(value, theirs[name])
     else:
-        np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        # The schedule's float32 decays by differences, to a learning rate of 1e-4.
+        np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=1e-8)
 
 
 def test_the_state_of_a_checkpoint_is_read_bit_for_bit(run_again, expected):
@@ -84,7 +85,8 @@ def test_the_run_goes_on_to_the_same_parameters(run_again, expected, same_arithm
     assert ours["trained"].keys() == expected["trained"].keys()
     if same_arithmetic:
         assert ours["trained"] == expected["trained"]
-    assert_close(ours["projections"], expected["projections"])
+    for name, theirs in expected["projections"].items():
+        assert ours["projections"][name] == pytest.approx(theirs, abs=TOLERANCE), name
 
 
 def test_its_score_and_text_are_the_same(run_again, expected, same_arithmetic):
