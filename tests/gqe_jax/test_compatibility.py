@@ -1,0 +1,122 @@
+"""Runs, checkpoints and exported weights of an earlier commit load and go on as they did there.
+
+What is only read or written must be the same bits on every machine. What is computed must be the
+same bits where JAX and the CPU's arithmetic are those that the run was made with, and elsewhere
+within 1e-5.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import tarfile
+
+import numpy as np
+import pytest
+
+from tests.gqe_jax.earlier_run import (
+    EXPECTED,
+    EXPORT,
+    FILES,
+    IMPORT,
+    STEP,
+    arithmetic,
+    command,
+    outcome,
+    parameters,
+)
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads(EXPECTED.read_text())
+
+
+@pytest.fixture(scope="module")
+def same_arithmetic(expected):
+    """Whether bits can be compared; printed, so that a failure shows which comparison was made."""
+    same = arithmetic() == expected["arithmetic"]
+    print("compared bit for bit" if same else f"another arithmetic: compared within {TOLERANCE}")
+    return same
+
+
+@pytest.fixture(scope="module")
+def run_again(tmp_path_factory):
+    """A directory with the earlier run, and its outcome with today's code."""
+    directory = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(FILES) as archive:
+        archive.extractall(directory, filter="data")
+    with contextlib.chdir(directory):
+        return directory, outcome()
+
+
+def assert_close(ours, theirs):
+    """Compares numbers in nested lists and dictionaries of the same structure."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert_close(value, theirs[name])
+    else:
+        # The schedule's float32 decays by differences, to a learning rate of 1e-4.
+        np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=1e-8)
+
+
+def test_the_state_of_a_checkpoint_is_read_bit_for_bit(run_again, expected):
+    _, ours = run_again
+    assert ours["state"] == expected["state"]
+
+
+def test_the_run_goes_on_with_the_same_metrics(run_again, expected, same_arithmetic):
+    _, ours = run_again
+    steps = [line["step"] for line in expected["metrics"] if "loss" in line]
+    assert [line["step"] for line in ours["metrics"] if "loss" in line] == steps
+    if same_arithmetic:
+        assert ours["metrics"] == expected["metrics"]
+    else:
+        for line, earlier in zip(ours["metrics"], expected["metrics"], strict=True):
+            assert_close(line, earlier)
+
+
+def test_the_run_goes_on_to_the_same_parameters(run_again, expected, same_arithmetic):
+    _, ours = run_again
+    assert ours["trained"].keys() == expected["trained"].keys()
+    if same_arithmetic:
+        assert ours["trained"] == expected["trained"]
+    for name, theirs in expected["projections"].items():
+        assert ours["projections"][name] == pytest.approx(theirs, abs=TOLERANCE), name
+
+
+def test_its_score_and_text_are_the_same(run_again, expected, same_arithmetic):
+    _, ours = run_again
+    assert ours["text"] == expected["text"]
+    number = r"\d+\.\d+"
+    assert re.sub(number, "", ours["score"]) == re.sub(number, "", expected["score"])
+    if same_arithmetic:
+        assert ours["score"] == expected["score"]
+    scores = [np.array(re.findall(number, x["score"]), float) for x in (ours, expected)]
+    np.testing.assert_allclose(*scores, atol=1e-4)  # four digits are printed
+
+
+def test_its_exported_weights_are_read_bit_for_bit(run_again, monkeypatch):
+    directory, _ = run_again
+    monkeypatch.chdir(directory)
+    command(*IMPORT, "imported")
+    ours, theirs = parameters("imported", 0), parameters("run", STEP)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_it_is_exported_to_the_same_files(run_again, monkeypatch):
+    directory, _ = run_again
+    monkeypatch.chdir(directory)
+    command(*EXPORT, "exported")
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in pathlib.Path(name).iterdir()}
+        for name in ("exported", "weights")
+    )
+    assert ours == theirs
