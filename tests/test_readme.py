@@ -37,11 +37,12 @@ def test_docstrings_run(module):
 
 
 def test_the_two_commands_install_and_then_train_or_test():
-    commands = re.findall(r"^pip install -r requirements.txt && .*$", README, re.MULTILINE)
-    assert [command.split(" && ")[1] for command in commands] == [
-        "python train.py",
-        "python -m pytest",
+    """Double quotes, because the command prompt of Windows has no single ones."""
+    assert re.findall(r"^pip install .* && .*$", README, re.MULTILINE) == [
+        "pip install -r requirements.txt && python train.py",
+        'pip install -e ".[test]" && python -m pytest',
     ]
+    assert (REPOSITORY / "requirements.txt").read_text() == "-e .\n"
 
 
 def test_the_map_names_what_is_there():

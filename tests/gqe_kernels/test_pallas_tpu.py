@@ -149,6 +149,7 @@ def abstract(chip: str, tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
     ("chip", "case", "dtype"),
     COMPILED,
@@ -173,6 +174,7 @@ def test_default_compiles_to_the_kernel_on(chip, case, dtype, monkeypatch):
     assert sorted(names) == ["gqe_backward", "gqe_backward_prepare", "gqe_forward"]
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
