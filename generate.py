@@ -10,7 +10,7 @@ import tyro
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.generation import Generator, Sampling, stream_text
-from gqe_jax.restore import restore_run
+from gqe_jax.runs import restore_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +22,20 @@ class GenerateConfig:
     prompt: tuple[str, ...]
     """The texts to continue, decoded as one batch; several are printed one after the other."""
     max_tokens: int = 256
-    """The most new tokens of a text."""
+    """The most new tokens for a text."""
     stop: tuple[str, ...] = ()
     """Sequences that end a text."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(default_factory=Sampling)
     seed: int = 0
-    """Of the random numbers."""
+    """Seed of the random numbers."""
     step: int | Literal["latest", "best"] = "latest"
     """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
     tokenizer: str | None = None
     """`byte` or a tokenizer.json; None: the run's."""
     chunk_size: int = 256
-    """Tokens of each prompt that the prefill takes at once."""
+    """Tokens of each prompt that a step of the prefill computes."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Where no axis is named: the run's own, if it fits the devices."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -44,9 +45,9 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Prints the prompts and what follows: one as it comes, several when all are done."""
+    """Prints each prompt and its continuation; a single one is printed as it is generated."""
     run = restore_run(
-        config.run_dir, step=config.step, mesh=config.mesh, tokenizer=config.tokenizer
+        config.run_dir, step=config.step, mesh=config.mesh.named, tokenizer=config.tokenizer
     )
     pieces = stream_text(
         Generator(run.model, run.mesh, chunk_size=config.chunk_size),
@@ -72,7 +73,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def main() -> None:
-    """The command line: a run's directory and the prompt."""
+    """Runs the command line: a run's directory and the prompts."""
     config = parse(
         GenerateConfig,
         sys.argv[1:],

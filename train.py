@@ -2,29 +2,30 @@
 
 import sys
 
-from configs import CONFIGS
-from gqe_jax.commands import parse, run_command, run_config
-from gqe_jax.compile_for import CompileCommand, CompileOptions, compile_for
+from gqe_jax.commands import parse, run_command
+from gqe_jax.compile_for.__main__ import forwarded
+from gqe_jax.compile_for.__main__ import main as compile_main
+from gqe_jax.runs import find_config, named_configs
 from gqe_jax.training.loop import train
 
 
 def main() -> None:
-    """The command line: a configuration's name or a run, by default `tiny`, then any fields."""
+    """Runs the command line: a configuration's name or a run, by default `tiny`, then fields."""
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments.pop(0) if named else "tiny"
-    default = run_command(lambda: run_config(name, CONFIGS))
-    command = parse(
-        CompileCommand(default, CompileOptions()),
+    if compiling := forwarded(name, arguments):
+        return compile_main(compiling, "train")
+    config = parse(
+        run_command(lambda: find_config(name)),
         arguments,
         prog=f"train.py {name}",
-        description=f"Train a run, or go on with it. Configurations: {', '.join(CONFIGS)}, or "
-        "a run's directory; tiny if none is named. Defaults below are those of the one named.",
+        description=f"Train a run, or resume it. Configurations: {', '.join(named_configs())}, or "
+        "a run's directory; tiny if none is named. The defaults below are those of the one named. "
+        "With --compile-for SLICE the step is compiled for TPUs and nothing is run: see python -m "
+        "gqe_jax.compile_for --help.",
     )
-    if command.proof.compile_for is not None:
-        print(run_command(lambda: compile_for(command.run, command.proof)))
-    else:
-        run_command(lambda: train(command.run), all_processes=True)
+    run_command(lambda: train(config), all_processes=True)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from configs import CONFIGS
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.evaluation.run import defaults_for, evaluate_run
-from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.upcycle import Start, UpcycleConfig, upcycle
-from gqe_jax.training.loop import read_config, train
+from gqe_jax.runs import SPREAD, Run, load_config, write_run
+from gqe_jax.sharding import make_mesh
+from gqe_jax.training.loop import train
 from gqe_jax.training.telemetry import read_metrics
 
 
@@ -79,13 +80,14 @@ def run_upcycling(config: UpcyclingConfig) -> dict[str, dict[str, list[float]]]:
                     )
                 )
             add(f"GQE, {row}", "before", _converted(config, output))
-            add(f"GQE, {row}", "after", _trained(read_config(output)))
+            add(f"GQE, {row}", "after", _trained(load_config(output)))
         more = config.output / f"dense-more-{seed}"
         if not more.exists():
-            run, _, params = read_run(dense.run_dir)
-            run = dataclasses.replace(run, run_dir=str(more), steps=config.healing_steps)
+            found = Run.find(dense.run_dir)
+            _, params = found.load(make_mesh(SPREAD))
+            run = dataclasses.replace(found.config, run_dir=str(more), steps=config.healing_steps)
             write_run(run, params, None)
-        add("dense, trained on", "after", _trained(read_config(more)))
+        add("dense, trained on", "after", _trained(load_config(more)))
         for row, steps in (
             ("GQE from scratch, the extra steps alone", config.healing_steps),
             ("GQE from scratch, all steps", config.dense_steps + config.healing_steps),

@@ -6,6 +6,7 @@ An error names the field, its value and what would be right.
 import dataclasses
 from typing import Any, Literal, get_args
 
+from gqe_jax.errors import UserError
 from gqe_kernels import Implementation
 
 Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
@@ -15,7 +16,7 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration's field has a value that cannot work."""
 
 
@@ -35,19 +36,25 @@ def _check_choice(config: Any, field: str, choices: Any) -> None:
     _check(value in get_args(choices), field, value, f"it must be one of {names}")
 
 
+def check_kernel(config: Any) -> None:
+    """Checks that the field `attention_kernel` is None or the name of an implementation."""
+    if config.attention_kernel is not None:
+        _check_choice(config, "attention_kernel", Implementation)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotation, for sequences longer than a model was first trained on."""
+    """Scaling of the rotary embedding, for sequences longer than in the first training."""
 
     kind: RopeScalingKind = "none"
-    """`linear` turns every pair `factor` times slower (arXiv 2306.15595); `llama3` only the pairs
-    of long wavelength, as Llama 3.1 does."""
+    """`linear` divides every frequency by `factor` (arXiv 2306.15595); `llama3` only those of long
+    wavelength, as Llama 3.1 does."""
     factor: float = 1.0
-    """How many times slower."""
+    """Divisor of the frequencies."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_length / low_freq_factor turn the whole factor slower."""
+    """llama3: wavelengths above original_length / low_freq_factor are scaled by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_length / high_freq_factor turn as before."""
+    """llama3: wavelengths below original_length / high_freq_factor are not scaled."""
     original_length: int = 8192
     """llama3: the sequence length of the first training."""
 
@@ -64,10 +71,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Geometry of one attention layer (paper.md's symbols: d, N, G, k, D)."""
+    """Geometry of one attention layer."""
 
     variant: Variant = "gqe"
-    """Which slots the output is built of; `gqa` is the dense baseline."""
+    """Which slots the output has; `gqa` is the dense baseline."""
     embed_dim: int = 1024
     """Width of the model, d."""
     num_query_experts: int = 16
@@ -89,8 +96,8 @@ class AttentionConfig:
     qk_norm_epsilon: float = 1e-6
     """Added to the mean square in that norm."""
     router_init_std: float = 0.02
-    """Standard deviation of the router's initial weights. At 0, the authors' choice, every
-    probability ties and every token of the first step takes expert 0 of each group."""
+    """Standard deviation of the router's initial weights. At 0, the authors' choice, all
+    probabilities tie, and every token of the first step selects expert 0 of each group."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "variant", Variant)
@@ -189,7 +196,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how."""
+    """The corpus, and how it is read."""
 
     corpus: str = "stdlib"
     """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
@@ -210,7 +217,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up-stable-decay, ZClip, and the weights of the losses (paper.md, Table 1)."""
+    """AdamW, warm-up-stable-decay schedule, ZClip, and the weights of the losses."""
 
     peak_learning_rate: float = 5e-4
     """Learning rate of the stable phase."""
@@ -219,7 +226,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     """Share of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Share of the steps, at the end, with linear decay; ours: the paper does not publish it."""
+    """Share of the steps, at the end, with linear decay; the paper does not publish its value."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-7
@@ -238,12 +245,12 @@ class OptimizerConfig:
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
-    """Weight of the sum over layers of the router's z-loss; ours, off."""
+    """Weight of the sum over layers of the router's z-loss; not in the paper, off."""
     z_loss_weight: float = 0.0
-    """Weight of the mean squared logsumexp of the vocabulary's logits; ours, off."""
+    """Weight of the mean squared logsumexp of the vocabulary's logits; not in the paper, off."""
     distillation_weight: float = 0.5
-    """Where the run has a teacher: weight of the divergence from its predictions; the text's
-    cross-entropy has the rest."""
+    """In a run with a teacher: weight of the divergence from its predictions; the cross-entropy of
+    the text has one minus that."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
@@ -297,6 +304,11 @@ class MeshConfig:
     @property
     def sizes(self) -> dict[str, int]:
         return dataclasses.asdict(self)
+
+    @property
+    def named(self) -> "MeshConfig | None":
+        """The mesh, or None at its default: a command line that names no axis."""
+        return None if self == MeshConfig() else self
 
     def resolve(self, num_devices: int) -> dict[str, int]:
         """The sizes on a machine, -1 filled in.
@@ -355,9 +367,9 @@ class RunConfig:
     """An implementation of `gqe_kernels.routed_attention` to train with; None: the best that is
     known to work on the platform. `pallas_gpu`, for Hopper, is taken by name only."""
     accumulation_steps: int = 1
-    """Parts of the batch whose gradients are added up one after the other, to save memory."""
+    """Parts of the batch, computed one after the other to save memory; gradients are summed."""
     seed: int = 0
-    """Of the initial parameters and of the order of the data."""
+    """Seed of the initial parameters and of the order of the data."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 1000
@@ -367,7 +379,7 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step, and the best one evaluated, are always saved."""
     keep_checkpoints: int = 3
-    """Latest checkpoints that are kept, beside the one with the lowest held-out loss."""
+    """Latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
         _check(bool(self.run_dir), "run_dir", self.run_dir, "name a directory")
@@ -383,8 +395,7 @@ class RunConfig:
             "keep_checkpoints",
         )
         _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
-        if self.attention_kernel is not None:
-            _check_choice(self, "attention_kernel", Implementation)
+        check_kernel(self)
         _check(
             self.eval_batches is None or self.eval_batches > 0,
             "eval_batches",

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.data.tokenizers import Tokenizer
 from gqe_jax.model.transformer import Transformer, unrolled
-from gqe_jax.sharding import RULES, constrain, make_mesh, on_mesh, shardings
+from gqe_jax.sharding import RULES, OnMesh, constrain, make_mesh, shardings
 
 _CAPACITY_STEP = 128  # capacities are its multiples, so that few shapes are compiled
 _SHORTEST_CHUNK = 16
@@ -100,7 +100,7 @@ class Generator:
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: unrolled(nnx.merge(trained, params))))
         layout = shardings(jax.eval_shape(unroll, params), self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
-        self._params = on_mesh(self.mesh, jax.jit(unroll, out_shardings=layout))(params)
+        self._params = OnMesh(self.mesh, jax.jit(unroll, out_shardings=layout))(params)
 
         @functools.partial(jax.jit, static_argnums=(1, 2))
         def create(params, batch, capacity):
@@ -131,7 +131,7 @@ class Generator:
 
         choose = jax.jit(sample, static_argnames="sampling", out_shardings=whole)
         self._create, self._prefill, self._logits, self._decode, self._sample = (
-            on_mesh(self.mesh, f) for f in (create, prefill, logits, decode, choose)
+            OnMesh(self.mesh, f) for f in (create, prefill, logits, decode, choose)
         )
 
     def stream(

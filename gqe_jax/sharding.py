@@ -1,6 +1,6 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -140,15 +140,33 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-def on_mesh[Result](mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function`, called with the mesh set, so that what it traces can name mesh axes."""
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function that is called and traced with a mesh set, whose axes it can name.
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        with jax.set_mesh(mesh):
-            return function(*args, **kwargs)
+    Args:
+      mesh: the mesh.
+      function: a result of `jax.jit`.
+      last: arguments that follow those of each call.
+    """
 
-    return call
+    mesh: Mesh
+    function: Callable[..., Any]
+    last: tuple[Any, ...] = ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*arguments, *self.last)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """Traces the function for arguments that may be `jax.ShapeDtypeStruct`s."""
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*arguments, *self.last)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """Lowers the function for arguments that may be `jax.ShapeDtypeStruct`s."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*arguments, *self.last)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

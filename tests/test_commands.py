@@ -11,7 +11,7 @@ import pytest
 
 from configs import CONFIGS
 from gqe_jax.config import DataConfig
-from gqe_jax.training.loop import write_config
+from gqe_jax.runs import write_config
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()

@@ -17,8 +17,8 @@ import yaml
 from configs import CONFIGS
 from experiments.compiled import CompiledConfig, run_table
 from gqe_jax.commands import parse
-from gqe_jax.compile_for import CompileCommand, CompileOptions
-from gqe_jax.training.loop import CONFIG_FILE
+from gqe_jax.compile_for.__main__ import forwarded, read_command
+from gqe_jax.runs import CONFIG_FILE
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PODS = (REPOSITORY / "docs" / "pods.md").read_text()
@@ -49,12 +49,10 @@ def test_blocks_are_shell(block):
 @pytest.mark.parametrize(("name", "flags"), TRAINING)
 def test_every_training_command_has_a_configuration_and_flags_that_exist(name, flags):
     assert name in CONFIGS
-    parse(
-        CompileCommand(CONFIGS[name], CompileOptions()),
-        shlex.split(flags),
-        prog="train.py",
-        description="",
-    )
+    if compiling := forwarded(name, shlex.split(flags)):
+        read_command(compiling)
+    else:
+        parse(CONFIGS[name], shlex.split(flags), prog="train.py", description="")
 
 
 def small(command: str, **changes: str) -> list[str]:
@@ -158,6 +156,5 @@ def test_the_manifest_is_of_one_pod_a_host_that_goes_on_after_a_death():
     assert pod["terminationGracePeriodSeconds"] >= 120
     _, _, script, name, *flags = container["command"]
     assert script == "train.py"
-    command = CompileCommand(CONFIGS[name], CompileOptions())
-    parse(command, flags, prog=script, description="")
+    parse(CONFIGS[name], flags, prog=script, description="")
     CONFIGS[name].mesh.resolve(chips)

@@ -1,11 +1,8 @@
-"""Proof before the bill: a run's step compiled for a TPU slice that is not here, and its costs."""
+"""Compiles a run's step for a TPU slice that need not be attached: its memory and its costs."""
 
 import dataclasses
 import json
 import pathlib
-from typing import Annotated
-
-import tyro
 
 from gqe_jax.compile_for import meshes
 from gqe_jax.compile_for.chips import get_topology
@@ -13,67 +10,48 @@ from gqe_jax.compile_for.program import Compiled, DoesNotFitError, Step, compile
 from gqe_jax.compile_for.report import as_json, as_text
 from gqe_jax.config import ConfigError, RunConfig
 
-__all__ = [
-    "CompileCommand",
-    "CompileOptions",
-    "Compiled",
-    "DoesNotFitError",
-    "compile_for",
-    "compile_step",
-]
+__all__ = ["CompileOptions", "Compiled", "DoesNotFitError", "compile_for", "compile_step"]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileOptions:
-    """Compile a step for a TPU slice on this machine, instead of running it."""
+    """Which step is compiled, for how many slices and meshes."""
 
-    compile_for: str | None = None
-    """A TPU slice, such as v5p:4x4x8: compile the step for it, say whether it fits and what it
-    costs, and run nothing."""
     compile_step: Step = "train"
-    """Which step: that of training, or that which scores held-out text."""
+    """The step that trains, or the step that scores held-out text."""
     num_slices: int = 1
     """Slices of that kind, joined by the data-center network; the data axis spans them."""
     sweep_meshes: int = 0
-    """Compile for up to so many shapes of the mesh, and rank them; a compile takes minutes."""
+    """Compile for up to this many shapes of the mesh, and rank them; a compile takes minutes."""
     json: pathlib.Path | None = None
     """A file for the figures."""
 
     def __post_init__(self) -> None:
         for field, least in (("num_slices", 1), ("sweep_meshes", 0)):
-            value = getattr(self, field)
-            if value < least:
+            if (value := getattr(self, field)) < least:
                 raise ConfigError(f"{field} is {value}; it must be at least {least}")
-            if value > least and self.compile_for is None:
-                raise ConfigError(f"{field} is {value}; it needs compile_for, a TPU slice")
-        if self.json is not None:
-            if self.compile_for is None:
-                raise ConfigError(f"json is {str(self.json)!r}; it needs compile_for, a TPU slice")
-            if self.json.is_dir() or not self.json.parent.is_dir():
-                raise ConfigError(
-                    f"json is {str(self.json)!r}; it must be a file in a directory that exists"
-                )
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ConfigError(
+                f"json is {str(self.json)!r}; it must be a file in a directory that exists"
+            )
 
 
-@dataclasses.dataclass(frozen=True)
-class CompileCommand:
-    """A command line of a run's fields and of how to compile it."""
+def compile_for(config: RunConfig, slice_name: str, options: CompileOptions) -> str:
+    """Compiles a run's step for a TPU slice.
 
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    proof: Annotated[CompileOptions, tyro.conf.arg(name="")]
-
-
-def compile_for(config: RunConfig, options: CompileOptions) -> str:
-    """Compiles `config` as the options say.
+    Args:
+      config: the run.
+      slice_name: the slice, such as `v5p:4x4x8`.
+      options: which step, and for how many slices and meshes.
 
     Returns:
-      What to print.
+      The text to print.
 
     Raises:
-      ConfigError: the topology is unknown, or the configuration does not divide over it.
+      ConfigError: the slice is unknown, or the configuration does not divide over it.
       DoesNotFitError: the step takes more memory than the chip has.
     """
-    topology = get_topology(options.compile_for, options.num_slices)
+    topology = get_topology(slice_name, options.num_slices)
     if options.sweep_meshes:
         tried = meshes.sweep(config, topology, options.compile_step, options.sweep_meshes)
         if not any(compiled for _, compiled in tried):

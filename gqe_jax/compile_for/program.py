@@ -1,4 +1,4 @@
-"""Compiles a run's step for a topology that is not there, and weighs it."""
+"""Compiles a run's step for a TPU slice that need not be attached, and measures the program."""
 
 import dataclasses
 import math
@@ -17,14 +17,16 @@ from gqe_jax.compile_for.collectives import Collective, collectives
 from gqe_jax.compile_for.costs import Costs, count
 from gqe_jax.compile_for.estimate import Estimate, estimate, with_links
 from gqe_jax.config import RunConfig
-from gqe_jax.model.transformer import matmul_flops_per_token
+from gqe_jax.data import Batch
+from gqe_jax.errors import UserError
+from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
-from gqe_jax.training.steps import Batch, Steps, make_steps
+from gqe_jax.training.steps import make_steps
 
 Step = Literal["train", "eval"]
 
 
-class DoesNotFitError(RuntimeError):
+class DoesNotFitError(UserError, RuntimeError):
     """The compiled step needs more HBM than the chip has."""
 
 
@@ -33,9 +35,9 @@ class Memory:
     """Bytes of HBM on one device.
 
     Attributes:
-      temporaries: all that lives only within the step: activations, gradients, gathered weights.
-      peak: what the step holds at once: its state, its batch, temporaries and its code.
-      largest: arrays of the program, with their bytes, the largest first.
+      temporaries: buffers that live only within the step: activations, gradients, gathered weights.
+      peak: the state, the batch, the temporaries and the code together.
+      largest: the largest arrays of the program, with their bytes, in descending order.
     """
 
     parameters: int
@@ -47,7 +49,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What is known of a step without running it; all of one device but the estimate's tokens."""
+    """The figures of a compiled step, of one device but for the estimate's tokens."""
 
     config: RunConfig
     topology: Topology
@@ -62,7 +64,7 @@ class Compiled:
 
 
 def compile_step(config: RunConfig, topology: Topology, step: Step = "train") -> Compiled:
-    """Compiles the step that `train` (or `evaluate`) runs, for devices that need not be there.
+    """Compiles the step that `train` or `evaluate` runs, for devices that need not be attached.
 
     Raises:
       ConfigError: the configuration does not fit the number of devices.
@@ -73,29 +75,24 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         config = dataclasses.replace(config, accumulation_steps=1)  # as `evaluate_run` has it
     mesh = make_mesh(config.mesh, list(topology.devices))
     check_divides(config, dict(mesh.shape))
-    kernel = config.attention_kernel if step == "train" else None
-    steps = make_steps(config, mesh, implementation=kernel)
-    abstract, batch = _abstract(config, mesh, steps)
+    steps = make_steps(config, mesh, implementation=config.attention_kernel)
+    abstract, batch = steps.layout.abstract, _abstract_batch(config, mesh)
     function, arguments = {
         "train": (steps.train_step, (abstract, batch)),
         "eval": (steps.eval_step, (abstract.params, batch)),
     }[step]
-    jitted = function.__wrapped__  # without its wrapper, which sets the mesh
     begun = time.perf_counter()
-    with jax.set_mesh(mesh):
-        traced = jitted.trace(*arguments)
-        try:
-            compiled = traced.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
-            lack = f"it takes {sized[1]} of {sized[2]}" if sized else str(error).splitlines()[0]
-            within = _arrays_of_jaxpr(traced.jaxpr.jaxpr, mesh.size).items()
-            todo = remedies(config, dict(mesh.shape), step)
-            raise DoesNotFitError(
-                _refusal(topology, lack, _shards(arguments), within, todo)
-            ) from error
+    traced = function.trace(*arguments)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sized = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
+        lack = f"it takes {sized[1]} of {sized[2]}" if sized else str(error).splitlines()[0]
+        within = _arrays_of_jaxpr(traced.jaxpr.jaxpr, mesh.size).items()
+        todo = remedies(config, dict(mesh.shape), step)
+        raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo)) from error
     seconds = time.perf_counter() - begun
     program = hlo.parse(compiled.as_text())
     stats = compiled.memory_analysis()
@@ -139,24 +136,19 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     )
 
 
-def _abstract(config: RunConfig, mesh: Mesh, steps: Steps) -> tuple[Any, Batch]:
-    """State and batch as the step takes them, without values."""
-
-    def like(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
+def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    """Returns shapes, types and shardings of the step's batch."""
     rows = config.batch_size, config.sequence_length
     tokens, weights = (
         jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh))
         for dtype in (jnp.int32, jnp.float32)
     )
     segments = tokens if config.data.document_masking else None
-    state = jax.tree.map(like, steps.abstract_state, steps.state_sharding)
-    return state, Batch(tokens, tokens, weights, segments)
+    return Batch(tokens, tokens, weights, segments)
 
 
 def _shards(tree: Any) -> list[tuple[str, int]]:
-    """Each array's name and the bytes of a device's part of it."""
+    """Returns each array's name and the bytes of its shard on one device."""
     named = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct)
     )[0]
@@ -180,9 +172,10 @@ def _largest_of_program(program: hlo.Program, most: int = 6) -> Iterator[tuple[s
 
 
 def _arrays_of_jaxpr(jaxpr: Any, parts: int) -> dict[str, float]:
-    """Every array that a program computes, and its bytes in each of `parts` equal parts.
+    """Returns every array that a program computes, with its bytes on each of `parts` devices.
 
-    What is not yet split when it is traced may be split less; inside `shard_map` arrays are parts.
+    The compiler may shard an array less than over all devices, which a trace does not tell. Inside
+    `shard_map` arrays are shards already.
     """
     sizes = {}
     for equation in jaxpr.eqns:
@@ -210,7 +203,7 @@ def _refusal(topology: Topology, lack: str, state, within, todo: list[str]) -> s
 
 
 def remedies(config: RunConfig, mesh: dict[str, int], step: Step) -> list[str]:
-    """What would lower the memory of a step, in the order of what it costs."""
+    """Returns changes that lower the memory of a step, the cheapest first."""
     copies = mesh["data"] * mesh["fsdp"]
     rows = config.batch_size // config.accumulation_steps // copies
     found = []

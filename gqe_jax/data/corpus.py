@@ -22,15 +22,12 @@ import numpy as np
 from gqe_jax.config import ConfigError
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from gqe_jax.errors import DataError
 from gqe_jax.storage import file_sizes, is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
 SPLITS = ("train", "validation")
-
-
-class DataError(ValueError):
-    """A corpus, or what it is to be made from, cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)

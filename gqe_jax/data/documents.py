@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pyarrow
 import pyarrow.parquet
 
-from gqe_jax.data.corpus import DataError
+from gqe_jax.errors import DataError
 from gqe_jax.storage import is_remote
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}

@@ -12,8 +12,8 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from gqe_jax.config import DataConfig
+from gqe_jax.data.batch import Batch
 from gqe_jax.data.corpus import Split
-from gqe_jax.training.steps import Batch
 
 
 def num_windows(split: Split, sequence_length: int) -> int:

@@ -17,12 +17,13 @@ import sys
 from collections.abc import Callable, Iterable
 
 import tqdm
-import tyro
 
-from gqe_jax.data.corpus import DataError, Manifest, SplitInfo, write_manifest, written_whole
+from gqe_jax.commands import parse, run_command
+from gqe_jax.data.corpus import Manifest, SplitInfo, write_manifest, written_whole
 from gqe_jax.data.documents import read_documents
 from gqe_jax.data.shards import make_manifest, merge_splits, write_documents
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
+from gqe_jax.errors import DataError
 from gqe_jax.storage import find, location, write_whole
 
 _TASK_BYTES = 64 << 20  # small input files are taken together up to here
@@ -126,9 +127,8 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
     """Writes the corpus; an interrupted or failed run leaves nothing behind.
 
     Raises:
-      DataError: the input matches nothing or cannot be read, the output exists, or a split is
-        empty.
-      ValueError: the tokenizer cannot be read.
+      DataError: the input matches nothing, the input or the tokenizer cannot be read, the output
+        exists, or a split is empty.
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
     paths = _find_inputs(config.input)
@@ -181,12 +181,11 @@ def _run_in_processes(run, tasks, processes: int, bar) -> list[dict[str, SplitIn
 
 
 def main() -> None:
-    """The command line."""
-    try:
-        config = tyro.cli(PrepareConfig, description=__doc__)
-        manifest = prepare(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    """Runs the command line."""
+    config = parse(
+        PrepareConfig, sys.argv[1:], prog="python -m gqe_jax.data.prepare", description=__doc__
+    )
+    manifest = run_command(lambda: prepare(config))
     for split, info in manifest.splits.items():
         print(
             f"{split}: {info.num_documents} documents, {info.num_tokens} tokens, "

@@ -6,9 +6,10 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
-from gqe_jax.data.corpus import Corpus, DataError, write_manifest, written_whole
+from gqe_jax.data.corpus import Corpus, write_manifest, written_whole
 from gqe_jax.data.shards import make_manifest, write_documents
 from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
+from gqe_jax.errors import DataError
 
 STDLIB = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from gqe_jax.errors import DataError
 from gqe_jax.storage import location
 
 BYTE = "byte"
@@ -47,7 +48,7 @@ class FileTokenizer:
       end_of_document: the special token that ends a document; None: the usual one it contains.
 
     Raises:
-      ValueError: the file is no tokenizer, or has no such token.
+      DataError: the file is no tokenizer, or has no such token.
     """
 
     def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
@@ -56,7 +57,7 @@ class FileTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
-            raise ValueError(
+            raise DataError(
                 f"tokenizer {path} cannot be read ({error}); it must be 'byte' or a tokenizer.json "
                 "of the tokenizers library"
             ) from error
@@ -64,7 +65,7 @@ class FileTokenizer:
         ids = [self._tokenizer.token_to_id(name) for name in names]
         found = [token for token in ids if token is not None]
         if not found:
-            raise ValueError(
+            raise DataError(
                 f"end_of_document: tokenizer {path} has none of {', '.join(names)}; "
                 "name the token that ends a document"
             )
@@ -85,11 +86,11 @@ def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None)
     """`byte`, or the tokenizer in a file.
 
     Raises:
-      ValueError: there is no such file, or it is no tokenizer.
+      DataError: there is no such file, or it is no tokenizer.
     """
     if str(name) == BYTE:
         return ByteTokenizer()
     path = location(name)
     if not path.is_file():
-        raise ValueError(f"tokenizer is {str(name)!r}; it must be 'byte' or a tokenizer.json")
+        raise DataError(f"tokenizer is {str(name)!r}; it must be 'byte' or a tokenizer.json")
     return FileTokenizer(path, end_of_document)

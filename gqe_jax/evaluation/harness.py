@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from flax import nnx
@@ -24,11 +23,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.model.transformer import Transformer
-from gqe_jax.restore import RestoredRun
-from gqe_jax.sharding import RULES, batch_sharding, global_batch, local_rows, on_mesh
+from gqe_jax.runs import RestoredRun
+from gqe_jax.sharding import RULES, OnMesh, batch_sharding, global_batch, local_rows
+from gqe_jax.training.loss import chunked_scores
 
 _SHORTEST = 32
-_CHUNK = 256  # positions whose logits exist at a time
 
 
 def continuation_scores(
@@ -39,25 +38,8 @@ def continuation_scores(
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
     """Summed log-likelihood of the targets that count, and whether each is the most probable."""
     hidden, _, _ = model(tokens)
-    chunk = min(_CHUNK, tokens.shape[1])
-
-    def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
-
-    def score(inputs):
-        hidden, targets, counts = inputs
-        logits = model.logits(hidden)
-        at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        log_likelihood = at_target - jax.nn.logsumexp(logits, axis=-1)
-        is_greedy = jnp.argmax(logits, axis=-1) == targets
-        return (
-            jnp.sum(jnp.where(counts, log_likelihood, 0.0), axis=1),
-            jnp.all(is_greedy | ~counts, axis=1),
-        )
-
-    sums, greedy = jax.lax.map(score, (chunks(hidden), chunks(targets), chunks(counts)))
-    return jnp.sum(sums, axis=0), jnp.all(greedy, axis=0)
+    sums, misses = chunked_scores(hidden, model.logit_table, targets, counts)
+    return sums, misses == 0
 
 
 class HarnessModel(TemplateLM):
@@ -85,7 +67,7 @@ class HarnessModel(TemplateLM):
         def score(params, tokens, targets, counts):
             return continuation_scores(nnx.merge(graphdef, params), tokens, targets, counts)
 
-        self._score = on_mesh(run.mesh, score)
+        self._score = OnMesh(run.mesh, score)
 
     @property
     def eot_token_id(self) -> int:

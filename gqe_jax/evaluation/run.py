@@ -1,46 +1,83 @@
-"""Evaluates a run's checkpoint, as `eval.py` does."""
+"""Scores a run's checkpoint on held-out text, as `eval.py` does."""
 
 import dataclasses
+import os
+import pathlib
 from typing import Literal
 
-import jax
 import tyro
 
-from gqe_jax.config import ConfigError, DataConfig, MeshConfig
+from gqe_jax.config import ConfigError, DataConfig, MeshConfig, check_kernel
 from gqe_jax.data import open_corpus
 from gqe_jax.evaluation.perplexity import HeldOut, evaluate
+from gqe_jax.runs import Run
 from gqe_jax.sharding import check_divides, make_mesh
-from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.steps import make_steps
+
+_OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Score a run's checkpoint on held-out text."""
+    """Score a run on held-out text; with `tasks`, score one run or two on the harness's tasks."""
 
-    run_dir: tyro.conf.Positional[str]
-    """Directory of the run."""
+    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    """Directory of the run; with `tasks`, of one run, or of two to compare."""
     step: int | Literal["latest", "best"] = "latest"
     """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
+    batch_size: int | None = None
+    """Sequences at once, over all devices; None: the run's on held-out text, 32 on tasks."""
     split: Literal["train", "validation"] = "validation"
-    """What is scored."""
+    """Held-out text: what is scored."""
     batches: int | None = None
-    """The most batches; None: the whole split."""
-    batch_size: int = 16
-    """Sequences at once, over all devices."""
-    sequence_length: int = 128
-    """Tokens of a window."""
+    """Held-out text: the most batches; None: the whole split."""
+    sequence_length: int | None = None
+    """Held-out text: tokens of a window; None: the run's."""
+    attention_kernel: str | None = None
+    """Held-out text: the attention kernel; None: the best for the platform."""
+    tasks: str | None = None
+    """Names of tasks, groups or tags of the lm-evaluation-harness, separated by commas."""
+    num_fewshot: int | None = None
+    """Tasks: solved examples before each question; None: as the task says."""
+    limit: float | None = None
+    """Tasks: the first examples of each, a number or a share below 1; None: all."""
+    include_path: str | None = None
+    """Tasks: a directory with task files (YAML) of your own."""
+    output: pathlib.Path | None = None
+    """Tasks: the JSON file to write; None: evaluation.json in the (first) run's directory."""
+    max_length: int | None = None
+    """Tasks: tokens of context and answer, beyond which a context is cut from the left; None: the
+    sequence length of the run's training."""
+    tokenizer: str | None = None
+    """Tasks: `byte` or a tokenizer.json; None: the run's."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        if self.batches is not None and self.batches < 1:
-            raise ConfigError(f"batches is {self.batches}; it must be positive, or None for all")
+        fields = ("batch_size", "batches", "sequence_length", "max_length", "limit")
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{field} is {value}; it must be positive, or None")
+        check_kernel(self)
+        if self.tasks is None:
+            if len(self.run_dirs) != 1:
+                raise ConfigError(f"run_dirs is {self.run_dirs}; name one run, or give tasks")
+            for field in _OF_TASKS:
+                if (value := getattr(self, field)) is not None:
+                    raise ConfigError(f"{field} is {value!r}; it needs tasks")
+            return
+        if len(self.run_dirs) not in (1, 2):
+            raise ConfigError(f"run_dirs is {self.run_dirs}; name one run, or two to compare")
+        if self.batches is not None:
+            raise ConfigError(f"batches is {self.batches}; tasks are limited by limit")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"num_fewshot is {self.num_fewshot}; it must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunEvaluation:
-    """What `eval.py` prints."""
+    """The result that `eval.py` prints."""
 
     run_dir: str
     step: int
@@ -56,32 +93,19 @@ class RunEvaluation:
         )
 
 
-def defaults_for(run_dir: str) -> EvalConfig:
-    """The evaluation that a run's own configuration implies.
-
-    Its mesh is the run's, which a large model may need, where that fits the devices there are; else
-    all of them share the batch.
+def defaults_for(run_dir: str | os.PathLike) -> EvalConfig:
+    """Returns the evaluation of a run as its own configuration has it, by the rules of `runs`.
 
     Raises:
       CheckpointError: there is no such run.
     """
-    with Checkpoints(run_dir, read_only=True) as checkpoints:
-        run, _ = checkpoints.read_run(checkpoints.resolve("latest"))
+    run = Run.find(run_dir)
     return EvalConfig(
-        run_dir=run_dir,
-        batch_size=run.batch_size,
-        sequence_length=run.sequence_length,
-        data=run.data,
-        mesh=run.mesh if _fits(run.mesh) else MeshConfig(),
+        run_dirs=(os.fspath(run_dir),),
+        attention_kernel=run.attention_kernel,
+        data=run.config.data,
+        mesh=run.mesh(),
     )
-
-
-def _fits(mesh: MeshConfig) -> bool:
-    try:
-        mesh.resolve(jax.device_count())
-    except ConfigError:
-        return False
-    return True
 
 
 def evaluate_run(config: EvalConfig) -> RunEvaluation:
@@ -92,25 +116,23 @@ def evaluate_run(config: EvalConfig) -> RunEvaluation:
       ConfigError: the mesh or batch does not fit the devices.
       DataError: the corpus does not fit the model.
     """
-    with Checkpoints(config.run_dir, read_only=True) as checkpoints:
-        step = checkpoints.resolve(config.step)
-        trained, _ = checkpoints.read_run(step)
-        run = dataclasses.replace(
-            trained,
-            data=config.data,
-            mesh=config.mesh,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            accumulation_steps=1,
-        )
-        mesh = make_mesh(run.mesh)
-        check_divides(run, dict(mesh.shape))
-        corpus = open_corpus(run.data.corpus, verify=run.data.verify_checksums)
-        corpus.check(vocab_size=run.model.vocab_size, sequence_length=run.sequence_length)
-        steps = make_steps(run, mesh)
-        params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
+    [run_dir] = config.run_dirs
+    found = Run.find(run_dir, config.step)
+    run = dataclasses.replace(
+        found.config,
+        data=config.data,
+        mesh=config.mesh,
+        batch_size=config.batch_size or found.config.batch_size,
+        sequence_length=config.sequence_length or found.config.sequence_length,
+        accumulation_steps=1,
+    )
+    mesh = make_mesh(run.mesh)
+    check_divides(run, dict(mesh.shape))
+    corpus = open_corpus(run.data.corpus, verify=run.data.verify_checksums)
+    corpus.check(vocab_size=run.model.vocab_size, sequence_length=run.sequence_length)
+    _, params = found.load(mesh)
     result = evaluate(
-        steps,
+        make_steps(run, mesh, implementation=config.attention_kernel),
         params,
         getattr(corpus, config.split),
         run.data,
@@ -119,4 +141,4 @@ def evaluate_run(config: EvalConfig) -> RunEvaluation:
         limit=config.batches,
         progress=True,
     )
-    return RunEvaluation(config.run_dir, step, config.split, result)
+    return RunEvaluation(run_dir, found.step, config.split, result)

@@ -7,56 +7,20 @@ import logging
 import math
 import pathlib
 import statistics
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import tyro
 
-from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.config import ConfigError
 from gqe_jax.data import DataError
-from gqe_jax.restore import restore_run
+from gqe_jax.evaluation.run import EvalConfig
+from gqe_jax.runs import restore_run
+
+_BATCH_SIZE = 32
 
 # Of a task's metrics, the one that stands for it. `acc_norm` divides the log-likelihood of an
 # answer by its length in characters; HellaSwag, PIQA and ARC-Easy all have it.
 PRIMARY = ("acc_norm", "acc", "exact_match")
-
-
-@dataclasses.dataclass(frozen=True)
-class TasksConfig:
-    """Score one run, or two side by side, on the harness's tasks."""
-
-    run_dirs: tyro.conf.Positional[tuple[str, ...]]
-    """Directory of the run, or of two."""
-    tasks: str
-    """Names of tasks, groups or tags of the harness, separated by commas."""
-    num_fewshot: int | None = None
-    """Solved examples before each question; None: as the task says."""
-    limit: float | None = None
-    """The first examples of each task: a number, or a share below 1; None: all."""
-    include_path: str | None = None
-    """A directory with task files (YAML) of your own."""
-    output: pathlib.Path | None = None
-    """The JSON that is written; None: evaluation.json in the (first) run's directory."""
-    batch_size: int = 32
-    """Rows at once, over all devices."""
-    max_length: int | None = None
-    """Tokens of context and answer, beyond which a context is cut from the left; None: the
-    sequence length of the run's training."""
-    step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
-    tokenizer: str | None = None
-    """`byte` or a tokenizer.json; None: the run's."""
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-    def __post_init__(self) -> None:
-        if len(self.run_dirs) not in (1, 2):
-            raise ConfigError(f"run_dirs is {self.run_dirs}; name one run, or two to compare")
-        for field in ("batch_size", "max_length", "limit"):
-            value = getattr(self, field)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{field} is {value}; it must be positive")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"num_fewshot is {self.num_fewshot}; it must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +37,7 @@ class Difference:
     """Two-sided, of a paired t-test; for the mean over tasks, of a normal distribution."""
 
 
-def evaluate_tasks(config: TasksConfig) -> str:
+def evaluate_tasks(config: EvalConfig) -> str:
     """Scores the runs, writes the JSON and returns the tables.
 
     Raises:
@@ -164,7 +128,7 @@ def _where_data_goes(missing: list[tuple[str, Exception]], manager: Any) -> str:
 
 
 def _evaluate_run(
-    config: TasksConfig, run_dir: str, manager: Any, tasks: list[Any]
+    config: EvalConfig, run_dir: str, manager: Any, tasks: list[Any]
 ) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
@@ -172,13 +136,14 @@ def _evaluate_run(
 
     run = restore_run(run_dir, step=config.step, mesh=config.mesh, tokenizer=config.tokenizer)
     max_length = config.max_length or run.config.sequence_length
-    model = HarnessModel(run, batch_size=config.batch_size, max_length=max_length)
+    batch_size = config.batch_size or _BATCH_SIZE
+    model = HarnessModel(run, batch_size=batch_size, max_length=max_length)
     results = simple_evaluate(
         model,
         tasks=list(tasks),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         task_manager=manager,
     )
     results["config"] |= {"run_dir": run_dir, "step": run.step, "max_length": max_length}

@@ -9,8 +9,8 @@ import dataclasses
 import sys
 
 import numpy as np
-import tyro
 
+from gqe_jax.commands import parse, run_command
 from gqe_jax.data import DataError, Split, open_corpus
 from gqe_jax.evaluation.perplexity import HeldOut
 
@@ -64,13 +64,19 @@ class TrigramConfig:
 
 
 def main() -> None:
-    """The command line."""
-    config = tyro.cli(TrigramConfig, description=__doc__)
-    try:
+    """Runs the command line."""
+    config = parse(
+        TrigramConfig,
+        sys.argv[1:],
+        prog="python -m gqe_jax.evaluation.trigram",
+        description=__doc__,
+    )
+
+    def score() -> HeldOut:
         corpus = open_corpus(config.corpus)
-        result = trigram_held_out(corpus.train, corpus.validation)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+        return trigram_held_out(corpus.train, corpus.validation)
+
+    result = run_command(score)
     print(f"{result.bits_per_byte:.4f} bits per byte on {result.tokens:,} held-out tokens")
 
 

@@ -26,8 +26,9 @@ from gqe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
 from gqe_jax.interop import hf_config
 from gqe_jax.interop.import_weights import GQE
 from gqe_jax.interop.layout import torch_reader, torch_shapes
-from gqe_jax.interop.runs import read_run, tokenizer_file
 from gqe_jax.interop.tensors import write_tensors
+from gqe_jax.runs import SPREAD, Run
+from gqe_jax.sharding import make_mesh
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -63,8 +64,9 @@ def export_weights(config: ExportConfig) -> None:
       WeightsError: the model has no counterpart in Hugging Face's layout.
       DataError: the output exists.
     """
-    run, step, params = read_run(config.run_dir, config.step)
-    tokenizer = tokenizer_file(config.run_dir, run)
+    found = Run.find(config.run_dir, config.step)
+    run, tokenizer = found.config, found.tokenizer_file()
+    _, params = found.load(make_mesh(SPREAD))
     if run.model.attention.variant == "gqa":
         values = hf_config.from_model_config(
             run.model,
@@ -86,7 +88,7 @@ def export_weights(config: ExportConfig) -> None:
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
     layout = values.get("architectures", ["the authors' layout"])[0]
-    print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {step}")
+    print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
 def _end_of_document(tokenizer: pathlib.Path | None) -> int | None:

@@ -27,8 +27,8 @@ from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.interop import hf_config
 from gqe_jax.interop.layout import abstract_params, read_params
-from gqe_jax.interop.runs import SPREAD, write_run
 from gqe_jax.interop.tensors import Tensors, WeightsError
+from gqe_jax.runs import SPREAD, write_run
 from gqe_jax.sharding import make_mesh, shardings
 
 GQE = "gqe"

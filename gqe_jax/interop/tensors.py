@@ -13,12 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gqe_jax.errors import UserError
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F32", "BF16", "F16")  # each exact in float32
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights, or the configuration beside them, cannot be used."""
 
 

@@ -28,8 +28,9 @@ from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
-from gqe_jax.interop.runs import read_run, tokenizer_file, write_run
 from gqe_jax.model.transformer import Transformer
+from gqe_jax.runs import SPREAD, Run, write_run
+from gqe_jax.sharding import make_mesh
 from gqe_jax.training.checkpoint import DIRECTORY
 
 Start = Literal["least_squares", "scaled_mean", "mean"]
@@ -81,7 +82,8 @@ def upcycle(config: UpcycleConfig) -> RunConfig:
       ConfigError: the model is not dense, or a field does not fit it.
       CheckpointError, WeightsError, DataError: the model, the corpus or the output cannot be used.
     """
-    dense, params = _read_dense(config)
+    found, params = _read_dense(config)
+    dense = found.config
     attention = dense.model.attention
     if attention.variant != "gqa":
         raise ConfigError(f"{config.dense} has variant {attention.variant!r}; it must be gqa")
@@ -99,22 +101,22 @@ def upcycle(config: UpcycleConfig) -> RunConfig:
     if config.start == "least_squares":
         text = _calibration_text(run, config.calibration_batches)
         routed = fit_out(dense.model, params, run.model, routed, text, ridge=config.ridge)
-    write_run(run, routed, tokenizer_file(config.dense, dense))
+    write_run(run, routed, found.tokenizer_file())
     print(f"{config.output}: {attention.num_active_heads} of {attention.num_query_experts} heads")
     return run
 
 
-def _read_dense(config: UpcycleConfig) -> tuple[RunConfig, nnx.State]:
+def _read_dense(config: UpcycleConfig) -> tuple[Run, nnx.State]:
     if (config.dense / DIRECTORY).is_dir():
-        run, _, params = read_run(config.dense, config.step)
-        return run, params
+        run = Run.find(config.dense, config.step)
+        return run, run.load(make_mesh(SPREAD))[1]
     if config.distill or config.corpus is None:
         raise ConfigError(
             f"{config.dense} is no run directory; if it is Hugging Face's, import it first "
             "(gqe_jax.interop.import_weights), or name --corpus and leave out --distill"
         )
     model, params = read_model(config.dense, "bfloat16")
-    return RunConfig(model, DataConfig(config.corpus)), params
+    return Run(config.dense, 0, RunConfig(model, DataConfig(config.corpus))), params
 
 
 def _calibration_text(run: RunConfig, count: int) -> Iterable[Int[np.ndarray, "batch length"]]:

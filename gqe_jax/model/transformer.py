@@ -199,25 +199,6 @@ def unrolled(model: Transformer) -> Transformer:
     return model
 
 
-def matmul_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Multiply-add flops (2 each) that one token's forward pass needs, causal attention halved.
-
-    Counts the matrix products of the projections, the MLP, the logits and the active heads; norms,
-    rotary embedding, softmax and recomputation are left out, as is usual for model FLOPs.
-    """
-    attention = config.attention
-    embed, head_dim = config.embed_dim, attention.resolved_head_dim
-    heads = attention.num_query_experts + 2 * attention.num_kv_heads + attention.num_slots
-    if attention.variant == "gqe":
-        heads += 3 if attention.shared_kv == "own" else 1
-    projections = embed * head_dim * heads
-    if attention.variant != "gqa":
-        projections += embed * attention.num_query_experts
-    scores = attention.num_active_heads * head_dim * sequence_length  # QK and PV, half masked
-    block = projections + 3 * embed * config.mlp_dim + scores
-    return 2.0 * (config.num_layers * block + embed * config.vocab_size)
-
-
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, without making them."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

@@ -18,23 +18,24 @@ from gqe_jax.training.checkpoint import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """See how runs learn and route: one HTML page, and its pictures beside it."""
+    """Show how runs learn and route: one HTML page, and its pictures as PNG files."""
 
     run_dirs: tyro.conf.Positional[tuple[str, ...]]
     """Directories of the runs."""
     text: str | None = None
-    """What is routed; None: the beginning of the held-out split of each run's corpus."""
+    """The text to route; None: the beginning of the held-out split of each run's corpus."""
     text_file: pathlib.Path | None = None
     """A file of text to route instead."""
     max_tokens: int = 4096
     """The most tokens of the text."""
     step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint routes it."""
+    """Which checkpoint routes it; `best` has the lowest held-out loss."""
     corpus: str | None = None
-    """For the tokenizer and the held-out text; None: each run's own."""
+    """Source of the tokenizer and of the held-out text; None: each run's own."""
     output: pathlib.Path | None = None
     """Directory of index.html; None: report/ in the first run's directory."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Where no axis is named: each run's own, if it fits the devices."""
 
     def __post_init__(self) -> None:
         if not self.run_dirs:
@@ -46,9 +47,9 @@ class ReportConfig:
 
 
 def write_report(config: ReportConfig) -> pathlib.Path:
-    """Writes the page and its PNG files; returns the page's path.
+    """Writes the page and its PNG files, and returns the path of the page.
 
-    A run that has no checkpoint yet is shown by its metrics.
+    A run without a checkpoint is shown by its metrics alone.
 
     Raises:
       ConfigError: a run directory has no metrics, or the text cannot be read.
@@ -76,7 +77,7 @@ def write_report(config: ReportConfig) -> pathlib.Path:
                 step=config.step,
                 max_tokens=config.max_tokens,
                 corpus=config.corpus,
-                mesh=config.mesh,
+                mesh=config.mesh.named,
             )
         except CheckpointError as error:
             missing = str(error)
@@ -91,7 +92,7 @@ def write_report(config: ReportConfig) -> pathlib.Path:
 
 
 def _labels(run_dirs: tuple[str, ...]) -> list[str]:
-    """The directories' names, or where two are the same, their paths."""
+    """Returns the names of the directories, or their paths where two names are equal."""
     paths = map(location, run_dirs)
     names = [path.name if is_remote(path) else path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else list(run_dirs)
@@ -103,8 +104,8 @@ def main() -> None:
         ReportConfig,
         sys.argv[1:],
         prog="python -m gqe_jax.report",
-        description="See how runs learn and route: writes one HTML page that needs nothing beside "
-        "it, and its pictures as PNG files.",
+        description="Show how runs learn and route: writes one self-contained HTML page, and its "
+        "pictures as PNG files.",
     )
     print(run_command(lambda: write_report(config)))
 

@@ -13,23 +13,22 @@ from jaxtyping import Float, Int
 from gqe_jax.config import AttentionConfig, MeshConfig
 from gqe_jax.data import DataError, open_corpus
 from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.runs import Run
 from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
-from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.steps import make_steps
 
 END_OF_DOCUMENT = "␄"
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutedText:
-    """A text's tokens, and how a checkpoint routes them."""
+    """The tokens of a text, and the experts that a checkpoint selects for each."""
 
     config: AttentionConfig
     step: int
-    """Of the checkpoint."""
+    """The checkpoint's."""
     tokens: Int[np.ndarray, "token"]
     texts: list[str]
-    """What each token adds to the text: nothing, where it only begins a character."""
+    """The characters that each token completes; empty where it only begins one."""
     expert_index: Int[np.ndarray, "layer token group k"]
     router_probs: Float[np.ndarray, "layer token group expert"]
 
@@ -47,11 +46,11 @@ def route_text(
 
     Args:
       run_dir: the run's directory.
-      text: what is routed; None: the beginning of the corpus's held-out split.
-      step: which checkpoint.
-      max_tokens: what lies beyond is left out.
-      corpus: for the tokenizer and the held-out text; None: the run's.
-      mesh: of devices; None: a copy of the model on each.
+      text: the text to route; None: the beginning of the corpus's held-out split.
+      step: a checkpoint's number, `latest` or `best`.
+      max_tokens: the most tokens of the text; the rest is left out.
+      corpus: the source of the tokenizer and the held-out text; None: the run's own.
+      mesh: the devices' mesh; None: the run's, where it fits the devices.
 
     Returns:
       The routing; None for the dense baseline, which has none.
@@ -61,66 +60,74 @@ def route_text(
       ConfigError: the mesh does not fit the devices or the model.
       DataError: the corpus does not fit the model, or there is no text.
     """
-    with Checkpoints(run_dir, read_only=True) as checkpoints:
-        step = checkpoints.resolve(step)
-        trained, _ = checkpoints.read_run(step)
-        attention = trained.model.attention
-        if attention.variant == "gqa":
-            return None
-        opened = open_corpus(corpus or trained.data.corpus, verify=False)
-        tokenizer = opened.tokenizer()
-        if text is None:
-            tokens = opened.validation.read(0, max_tokens)
-        else:
-            (encoded,) = tokenizer.encode_batch([text])
-            tokens = encoded[:max_tokens].astype(np.int32)
-        if len(tokens) == 0:
-            raise DataError("text is empty; give at least one token")
-        if tokens.max() >= trained.model.vocab_size:
-            raise DataError(
-                f"corpus {opened.directory} gives the token id {tokens.max()}; the model of "
-                f"{run_dir} has a vocabulary of {trained.model.vocab_size}: name the corpus that "
-                "it was trained on"
-            )
-        devices = make_mesh(mesh or MeshConfig())
-        length = min(trained.sequence_length, len(tokens))
-        rows = -(-len(tokens) // length)
-        rows += -rows % (devices.shape["data"] * devices.shape["fsdp"])
-        run = dataclasses.replace(
-            trained, batch_size=rows, sequence_length=length, accumulation_steps=1
-        )
-        check_divides(run, dict(devices.shape))
-        steps = make_steps(run, devices)
-        params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
-
+    run = Run.find(run_dir, step)
+    trained = run.config
+    attention = trained.model.attention
+    if attention.variant == "gqa":
+        return None
+    tokens, tokenizer = _read_tokens(run, text, max_tokens, corpus)
+    devices = make_mesh(run.mesh(mesh))
+    length = min(trained.sequence_length, len(tokens))
+    if devices.shape["context"] > 1:  # its shards hold halves of windows
+        length += -length % (2 * devices.shape["context"])
+    rows = -(-len(tokens) // length)
+    rows += -rows % (devices.shape["data"] * devices.shape["fsdp"])
+    sizes = {"batch_size": rows, "sequence_length": length, "accumulation_steps": 1}
+    check_divides(dataclasses.replace(trained, **sizes), dict(devices.shape))
     padding = (0, rows * length - len(tokens))
     windows = np.pad(tokens, padding).reshape(rows, length)
     segments = np.pad(np.ones(len(tokens), np.int32), padding).reshape(rows, length)
 
-    @jax.jit
-    def forward(params, windows, segments):
-        model = nnx.merge(steps.graphdef, params)
+    @nnx.jit
+    def forward(model, windows, segments):
         _, aux, _ = model(windows, segment_ids=segments, return_routing=True)
         return aux.expert_index, aux.router_probs
 
     with jax.set_mesh(devices):
         inputs = jax.device_put((windows, segments), batch_sharding(devices))
-        routing = jax.device_get(forward(params, *inputs))
+        routing = jax.device_get(forward(run.model(devices), *inputs))
     index, probs = (
         x.reshape(len(x), rows * length, *x.shape[3:])[:, : len(tokens)] for x in routing
     )
-    return RoutedText(attention, step, tokens, token_texts(tokenizer, tokens), index, probs)
+    return RoutedText(attention, run.step, tokens, token_texts(tokenizer, tokens), index, probs)
+
+
+def _read_tokens(
+    run: Run, text: str | None, max_tokens: int, corpus: str | None
+) -> tuple[Int[np.ndarray, "token"], Tokenizer]:
+    """Returns the tokens of the text, or of held-out text, and the tokenizer.
+
+    A run that has its own tokenizer needs no corpus to route a text.
+    """
+    opened = None
+    if text is None or corpus is not None:
+        opened = open_corpus(corpus or run.config.data.corpus, verify=False)
+    tokenizer = run.tokenizer() if corpus is None else opened.tokenizer()
+    if text is None:
+        tokens = opened.validation.read(0, max_tokens)
+    else:
+        (encoded,) = tokenizer.encode_batch([text])
+        tokens = encoded[:max_tokens].astype(np.int32)
+    if len(tokens) == 0:
+        raise DataError("text is empty; give at least one token")
+    if tokens.max() >= run.config.model.vocab_size:
+        source = run.directory if opened is None else f"corpus {opened.directory}"
+        raise DataError(
+            f"{source} gives the token id {tokens.max()}; the model of {run.directory} has a "
+            f"vocabulary of {run.config.model.vocab_size}: name the corpus that it was trained on"
+        )
+    return tokens, tokenizer
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text that the tokens before it decode to.
+    """Returns the characters that each token completes, given the tokens before it.
 
     A character of several tokens belongs to the last of them. The end of a document is shown as a
     symbol.
     """
     tokens = [int(token) for token in tokens]
     texts = []
-    context = begin = 0  # decoded before, and not yet shown
+    context = begin = 0  # first token decoded, first not shown
     for end, token in enumerate(tokens, start=1):
         if token == tokenizer.end_of_document:
             texts.append(END_OF_DOCUMENT)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: asynchronous and whole; the latest and the best are kept."""
+"""Checkpoints of a run, written by Orbax: asynchronous and atomic; the latest and best are kept."""
 
 import os
 from typing import Any
@@ -11,14 +11,15 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
+from gqe_jax.errors import UserError
 from gqe_jax.storage import is_remote, location
-from gqe_jax.training.steps import TrainState
+from gqe_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
 _METRIC = "eval_loss"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read."""
 
 
@@ -41,8 +42,8 @@ class Checkpoints:
 
     Args:
       run_dir: the run's directory.
-      keep: latest checkpoints that stay, beside the one with the lowest held-out loss.
-      read_only: for evaluation: nothing is written or removed.
+      keep: number of latest checkpoints to keep, besides the one with the lowest held-out loss.
+      read_only: whether to write and remove nothing.
     """
 
     def __init__(self, run_dir: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
@@ -81,8 +82,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        # Closing waits for what is being written, by every process: after an error, for ever if it
-        # is that another one died.
+        # Closing waits until every process has written. After an error in a job of several, another
+        # process may be dead, and closing would never return.
         if error is None or jax.process_count() == 1:
             self._manager.close()
 
@@ -118,7 +119,7 @@ class Checkpoints:
         return step
 
     def save_weights(self, params: nnx.State, config: RunConfig) -> None:
-        """Writes step 0 of a run: weights from elsewhere, which no corpus has trained yet."""
+        """Writes step 0 of a run: imported weights, without optimizer state or corpus."""
         run = {"config": to_dict(config), "corpus": None}
         self._manager.save(
             0,
@@ -128,14 +129,14 @@ class Checkpoints:
         )
 
     def read_run(self, step: int) -> tuple[RunConfig, str | None]:
-        """The configuration and corpus fingerprint of a checkpoint; None: of `save_weights`."""
+        """Reads the configuration and the corpus's fingerprint, None in one of `save_weights`."""
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         return from_dict(RunConfig, run["config"]), run["corpus"]
 
     def check_fits(self, step: int, config: RunConfig, fingerprint: str) -> None:
-        """Whether a run of `config` on this corpus can go on from the checkpoint.
+        """Checks that a run of `config` on this corpus can go on from the checkpoint.
 
-        From weights that `save_weights` wrote it can if the model is theirs.
+        A checkpoint of `save_weights` needs only the same model.
 
         Raises:
           ConfigError: names the fields that differ, with both values.
@@ -162,21 +163,27 @@ class Checkpoints:
                 f"{'; '.join(fields)}; give the same values, or another run_dir"
             )
 
-    def restore(self, step: int, abstract: TrainState, sharding: TrainState) -> TrainState:
-        """The state after `step` steps, laid out as `sharding` says, whatever mesh wrote it."""
-        target = _with_sharding(abstract, sharding)
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Reads the state after `step` steps.
+
+        Args:
+          step: the checkpoint's.
+          abstract: shapes, types and shardings; the checkpoint may have been written on any mesh.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged or does not have these arrays.
+        """
         items = self._restore(
             step,
-            params=ocp.args.StandardRestore(target.params),
-            training=ocp.args.StandardRestore(_training(target)),
+            params=ocp.args.StandardRestore(abstract.params),
+            training=ocp.args.StandardRestore(_training(abstract)),
         )
         training = items["training"]
         return TrainState(training["step"], items["params"], training["opt_state"])
 
-    def restore_params(self, step: int, abstract: TrainState, sharding: TrainState) -> Any:
-        """Only the parameters after `step` steps."""
-        target = _with_sharding(abstract, sharding)
-        return self._restore(step, params=ocp.args.StandardRestore(target.params))["params"]
+    def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
+        """Reads only the parameters after `step` steps; arguments and errors as of `restore`."""
+        return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
 
     def resolve(self, step: int | str) -> int:
         """A saved step, by its number, `latest` or `best`.
@@ -210,9 +217,3 @@ class Checkpoints:
 
 def _training(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
-
-
-def _with_sharding(abstract: TrainState, sharding: TrainState) -> TrainState:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, sharding
-    )

@@ -2,10 +2,8 @@
 
 import collections
 import contextlib
-import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -18,28 +16,28 @@ from jax.sharding import Mesh
 
 from gqe_jax import processes, report
 from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.config_json import from_dict, to_dict
+from gqe_jax.config_json import to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
 from gqe_jax.data.pipeline import num_windows
+from gqe_jax.errors import UserError
 from gqe_jax.evaluation import evaluate
-from gqe_jax.model.transformer import matmul_flops_per_token
+from gqe_jax.model.flops import matmul_flops_per_token
+from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
-from gqe_jax.storage import location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.steps import Steps, Teacher, TrainState, make_steps
+from gqe_jax.training.state import TrainState
+from gqe_jax.training.steps import Steps, Teacher, make_steps
 from gqe_jax.training.telemetry import Silent, Telemetry, read_metrics
 
-CONFIG_FILE = "config.json"
 
-
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss or the gradient became infinite or NaN."""
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can save and stop; the second one kills.
+    """True after SIGINT or SIGTERM, so that the loop can save and stop; a second signal exits.
 
-    Outside the main thread, where Python has no signals, it never fires.
+    It stays False outside the main thread, where Python delivers no signals.
     """
 
     def __init__(self) -> None:
@@ -67,30 +65,11 @@ class Interrupt:
         print(f"{name}: saving after this step; once more to exit now", file=sys.stderr, flush=True)
 
 
-def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
-    """Writes the run's `config.json`, whole or not at all, into `directory` or its `run_dir`."""
-    path = (directory or location(config.run_dir)) / CONFIG_FILE
-    write_whole(path, json.dumps(to_dict(config), indent=1) + "\n")
-
-
-def read_config(run_dir: str | os.PathLike) -> RunConfig:
-    """The `config.json` of a run.
-
-    Raises:
-      ConfigError: it is no run's configuration.
-    """
-    path = location(run_dir) / CONFIG_FILE
-    try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:  # ConfigError is a ValueError
-        raise ConfigError(f"{path} is not the configuration of a run ({error})") from error
-
-
 def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
-    """All processes must run the same configuration on the same tokens.
+    """Checks that all processes run the same configuration on the same tokens.
 
     Raises:
-      ConfigError: this one's are not those of the first.
+      ConfigError: this process's differ from those of process 0.
     """
     ours = {"config": to_dict(config), "corpus": corpus.fingerprint}
     theirs = processes.from_first(ours)
@@ -108,20 +87,17 @@ def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
 
 
 def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
-    """Trains a run to its last step, or until a signal; goes on where its directory left off.
+    """Trains a run to its last step, or until a signal; resumes from its latest checkpoint.
 
-    A directory whose only checkpoint is step 0 begins with those weights, such as `gqe_jax.interop`
-    writes.
-
-    Everything that can be wrong with the configuration is found before anything is compiled or
-    written.
+    A run whose only checkpoint is step 0, as `gqe_jax.interop` writes it, begins with those
+    weights. The configuration is checked before anything is compiled or written.
 
     Args:
       config: the run.
-      stream: where progress goes; None: the error stream.
+      stream: where progress is printed; None: the error stream.
 
     Returns:
-      The state, on the mesh; its `step` is less than `config.steps` if a signal came.
+      The state on the mesh; its `step` is less than `config.steps` if a signal came.
 
     Raises:
       ConfigError: a field does not fit the devices, or the run in the directory.
@@ -148,14 +124,13 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
             implementation=config.attention_kernel,
             teacher=_load_teacher(config, mesh),
         )
+        layout = steps.layout
         if start is None:
-            state, start = steps.init(), 0
+            state, start = layout.init(), 0
         elif start == 0:
-            state = steps.begin(
-                checkpoints.restore_params(0, steps.abstract_state, steps.state_sharding)
-            )
+            state = layout.begin(checkpoints.restore_params(0, layout.abstract.params))
         else:
-            state = checkpoints.restore(start, steps.abstract_state, steps.state_sharding)
+            state = checkpoints.restore(start, layout.abstract)
         with _telemetry(config, mesh, start, stream) as telemetry:
             telemetry.say(_describe(config, corpus, steps, start))
             stop = processes.Vote(mesh, lambda: bool(interrupt))
@@ -169,23 +144,19 @@ def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
 def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
     if config.teacher is None:
         return None
-    with Checkpoints(config.teacher, read_only=True) as checkpoints:
-        step = checkpoints.resolve("latest")
-        run, _ = checkpoints.read_run(step)
-        if run.model.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"teacher {config.teacher} has a vocabulary of {run.model.vocab_size}; it must be "
-                f"model.vocab_size ({config.model.vocab_size})"
-            )
-        steps = make_steps(run, mesh)
-        params = checkpoints.restore_params(step, steps.abstract_state, steps.state_sharding)
-    return Teacher(steps.graphdef, params)
+    run = Run.find(config.teacher)
+    if run.config.model.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"teacher {config.teacher} has a vocabulary of {run.config.model.vocab_size}; it must "
+            f"be model.vocab_size ({config.model.vocab_size})"
+        )
+    return Teacher(*run.load(mesh))
 
 
 def _telemetry(
     config: RunConfig, mesh: Mesh, start: int, stream: TextIO | None
 ) -> contextlib.AbstractContextManager[Telemetry | Silent]:
-    """What writes the run's metrics and its configuration, on the first process only."""
+    """Writes the configuration and returns what writes the metrics, on the first process only."""
     if not processes.is_first():
         return contextlib.nullcontext(Silent())
     write_config(config)
@@ -201,7 +172,7 @@ def _telemetry(
 
 def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
     attention = config.model.attention
-    params = sum(x.size for x in jax.tree.leaves(steps.abstract_state.params))
+    params = sum(x.size for x in jax.tree.leaves(steps.layout.abstract.params))
     device = steps.mesh.devices.flat[0].device_kind
     axes = ", ".join(f"{axis} {size}" for axis, size in steps.mesh.shape.items())
     begins = f"resuming {config.run_dir} at step {start}" if start else f"run {config.run_dir}"
@@ -213,7 +184,7 @@ def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> st
 
 
 class _Loop:
-    """The steps of one call of `train`; holds what they share, not the state they pass on."""
+    """The loop of one call of `train`; the state is passed from step to step, not held."""
 
     def __init__(
         self,
@@ -228,7 +199,7 @@ class _Loop:
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
         self.unsettled: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        # Many hosts need not all fetch the file from a bucket.
+        # Only one host fetches the file from a bucket.
         lines = read_metrics(config.run_dir) if processes.is_first() else []
         scored = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
         self.eval_loss: dict[int, float] = dict(processes.from_first(scored))
@@ -267,7 +238,7 @@ class _Loop:
         return state
 
     def settle(self, keep: int = 0) -> None:
-        """Waits for all but the last `keep` steps' metrics, checks them, and logs what is due.
+        """Waits for the metrics of all but the last `keep` steps, checks them, and logs them.
 
         One step stays in flight, so that the device never waits for the host.
         """
@@ -304,7 +275,7 @@ class _Loop:
         """Scores held-out text, unless this step was scored before an interruption.
 
         Returns:
-          Whether no step so far has done better.
+          Whether this step has the lowest loss so far.
         """
         self.settle()
         if step not in self.eval_loss:
@@ -335,7 +306,7 @@ class _Loop:
         return self.eval_loss[step] <= min(self.eval_loss.values())
 
     def save(self, state: TrainState, step: int) -> None:
-        """Checkpoints the state, which is known to be finite."""
+        """Checkpoints the state, after checking that the loss is finite."""
         self.settle()
         if self.checkpoints.latest() == step:
             return

@@ -60,6 +60,21 @@ def chunked_divergence(
     return _sums_over_chunks(_divergence, chunk, table, hidden, beside, fixed)[0]
 
 
+def chunked_scores(
+    hidden: Float[Array, "batch length embed"],
+    table: Float[Array, "vocab embed"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    *,
+    chunk: int = 256,
+) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
+    """Each row's weighted log-likelihood, and its weighted number of targets that are not the most
+    probable token. Arguments and memory as in `chunked_cross_entropy`.
+    """
+    beside = targets, weights.astype(jnp.float32)
+    return _sums_over_chunks(_scores, chunk, table, hidden, beside, (), by_row=True)
+
+
 class _Axes(NamedTuple):
     """Mesh axes over which a device has a part: of the vocabulary, of the table's width."""
 
@@ -70,12 +85,15 @@ class _Axes(NamedTuple):
 def _cross_entropy(axes: _Axes, hidden, table, targets, weights):
     logits = _logits(hidden, table)
     logsumexp = _logsumexp(logits, axes)
-    first = jax.lax.axis_index(axes.vocab) * table.shape[0] if axes.vocab else 0
-    own = (targets >= first) & (targets < first + table.shape[0])
-    index = jnp.where(own, targets - first, 0)[..., None]
-    at_target = jnp.where(own, jnp.take_along_axis(logits, index, axis=-1)[..., 0], 0.0)
-    nats = jnp.sum(weights * (logsumexp - _over_vocab(at_target, axes)))
+    nats = jnp.sum(weights * (logsumexp - _at_target(logits, targets, axes)))
     return nats, jnp.sum(weights * jnp.square(logsumexp))
+
+
+def _scores(axes: _Axes, hidden, table, targets, weights):
+    logits = _logits(hidden, table)
+    log_likelihood = _at_target(logits, targets, axes) - _logsumexp(logits, axes)
+    is_other = _most_probable(logits, axes) != targets
+    return tuple(jnp.sum(weights * x, axis=1) for x in (log_likelihood, is_other))
 
 
 def _divergence(axes: _Axes, hidden, table, teacher_hidden, weights, teacher_table):
@@ -84,6 +102,29 @@ def _divergence(axes: _Axes, hidden, table, teacher_hidden, weights, teacher_tab
     theirs -= _logsumexp(theirs, axes)[..., None]
     nats = _over_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
     return (jnp.sum(weights * nats),)
+
+
+def _at_target(logits: Array, targets: Array, axes: _Axes) -> Array:
+    first = _first_token(logits, axes)
+    own = (targets >= first) & (targets < first + logits.shape[-1])
+    index = jnp.where(own, targets - first, 0)[..., None]
+    at_target = jnp.where(own, jnp.take_along_axis(logits, index, axis=-1)[..., 0], 0.0)
+    return _over_vocab(at_target, axes)
+
+
+def _most_probable(logits: Array, axes: _Axes) -> Array:
+    """The token with the largest logit, the first of those that tie."""
+    token = jnp.argmax(logits, axis=-1) + _first_token(logits, axes)
+    if not axes.vocab:
+        return token
+    largest = jnp.max(logits, axis=-1)
+    is_largest = largest == jax.lax.pmax(largest, axes.vocab)
+    return jax.lax.pmin(jnp.where(is_largest, token, jnp.iinfo(token.dtype).max), axes.vocab)
+
+
+def _first_token(logits: Array, axes: _Axes) -> Array | int:
+    """The token of the first of a device's logits."""
+    return jax.lax.axis_index(axes.vocab) * logits.shape[-1] if axes.vocab else 0
 
 
 def _logits(hidden: Array, table: Array) -> Array:
@@ -110,6 +151,8 @@ def _sums_over_chunks(
     hidden: Array,
     beside: tuple[Array, ...],
     fixed: tuple[Array, ...],
+    *,
+    by_row: bool = False,
 ) -> tuple[Array, ...]:
     """Sums of what `one_chunk(axes, hidden, table, *beside, *fixed)` makes of `chunk` positions at
     a time. Gradients go to `table` and `hidden` alone.
@@ -117,6 +160,7 @@ def _sums_over_chunks(
     Args:
       beside: more arrays [batch, length, ...].
       fixed: more tables [vocab, ...].
+      by_row: `one_chunk` returns a sum for each row of the batch, not one of all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -129,7 +173,7 @@ def _sums_over_chunks(
     table_spec = partition_spec(("vocab", "embed"), table.shape, mesh)
     axes = _Axes(*table_spec)
     batch, sequence, _ = rows(hidden)
-    summed = tuple(jax.tree.leaves((batch, sequence)))
+    summed = tuple(jax.tree.leaves(sequence if by_row else (batch, sequence)))
 
     def local(table, hidden, beside, fixed):
         sums = _local_sums(one_chunk, chunk, axes, table, hidden, beside, fixed)
@@ -138,7 +182,10 @@ def _sums_over_chunks(
     vocab_rows = partition_spec(("vocab", None), table.shape, mesh)
     in_specs = table_spec, rows(hidden), tuple(map(rows, beside)), (vocab_rows,) * len(fixed)
     return jax.shard_map(
-        local, in_specs=in_specs, out_specs=jax.sharding.PartitionSpec(), check_vma=False
+        local,
+        in_specs=in_specs,
+        out_specs=jax.sharding.PartitionSpec(batch) if by_row else jax.sharding.PartitionSpec(),
+        check_vma=False,
     )(table, hidden, beside, fixed)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,36 +9,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gqe_jax.config import RunConfig
+from gqe_jax.data.batch import Batch
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.model.transformer import Transformer
-from gqe_jax.sharding import batch_sharding, constrain, on_mesh, shardings
+from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
 from gqe_jax.training import loss as losses
 from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a checkpoint holds: `step` optimizer steps are done."""
-
-    step: Int[Array, ""]
-    params: nnx.State
-    opt_state: optax.OptState
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Windows of the token stream."""
-
-    inputs: Int[Array, "batch length"]
-    targets: Int[Array, "batch length"]
-    weights: Float[Array, "batch length"]
-    """1 for a target that counts, 0 for padding."""
-    segment_ids: Int[Array, "batch length"] | None = None
+from gqe_jax.training.state import StateLayout, TrainState, lay_out_state
+from gqe_kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +32,17 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The compiled functions of a run, and the layout of what they take."""
+    """The compiled steps of a run, and the layout of the state that they take."""
 
-    mesh: Mesh
-    graphdef: nnx.GraphDef
-    abstract_state: TrainState
-    state_sharding: TrainState
-    init: Callable[[], TrainState]
-    begin: Callable[[nnx.State], TrainState]
-    """The state of step 0 with these parameters, which are donated."""
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-    eval_step: Callable[[nnx.State, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
+    layout: StateLayout
+    train_step: OnMesh
+    """(state, batch) -> (the next state, metrics); the state is donated."""
+    eval_step: OnMesh
+    """(params, batch) -> (summed nats, number of tokens)."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.layout.mesh
 
 
 def forward_loss(
@@ -73,9 +53,11 @@ def forward_loss(
     token_count: Float[Array, ""],
     teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], AttentionAux]]:
-    """Cross-entropy over `token_count` plus the router's losses; (cross-entropy, aux) beside it.
+    """Returns the loss, and with it (cross-entropy, aux).
 
-    With a teacher, `distillation_weight` of the cross-entropy gives way to the divergence from it.
+    The loss is the summed cross-entropy over `token_count`, plus the z-loss and the router's
+    losses. With a teacher, the divergence from it replaces `distillation_weight` of the
+    cross-entropy.
     """
     model = nnx.merge(graphdef, params)
     hidden, aux, _ = model(batch.inputs, segment_ids=batch.segment_ids)
@@ -110,10 +92,10 @@ def gradients(
     batch: Batch,
     teacher: Teacher | None = None,
 ) -> tuple[nnx.State, Float[Array, ""], AttentionAux]:
-    """Gradients of the loss over the whole batch, cross-entropy, and the mean aux of its parts.
+    """Returns the gradients of the loss over the batch, the cross-entropy, and the mean aux.
 
-    With accumulation, every token counts alike wherever it stands; the router's statistics are
-    those of each part of the batch, over all devices, and their losses the mean over the parts.
+    With accumulation every token has the same weight in the cross-entropy. The router's statistics
+    are computed over each part of the batch, on all devices, and their losses averaged over parts.
     """
     parts = config.accumulation_steps
     value_and_grad = jax.value_and_grad(
@@ -125,7 +107,7 @@ def gradients(
         return grads, cross_entropy, aux
 
     def split(x):
-        # Rows are dealt out in turn, so that each part spreads over all devices as the batch does.
+        # Part i takes row i and every parts-th after it, so that it has rows of every device.
         x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
         return constrain(x, None, "batch", "sequence")
 
@@ -147,37 +129,26 @@ def make_steps(
     config: RunConfig,
     mesh: Mesh,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     teacher: Teacher | None = None,
 ) -> Steps:
-    """The functions that train and evaluate `config` on `mesh`.
+    """Compiles nothing yet: returns the functions that train and evaluate `config` on `mesh`.
 
     Args:
       config: the run; its sizes must divide over the mesh (`sharding.check_divides`).
       mesh: from `sharding.make_mesh`.
-      implementation: of the attention kernel; None: the best for the platform.
-      teacher: what the train step distils, its parameters on `mesh`; None: nothing.
+      implementation: the attention kernel; None: each call takes the best for its platform.
+      teacher: the model that the train step distils, its parameters on `mesh`; None: none.
     """
+    layout = lay_out_state(config, mesh, implementation=implementation)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = warmup_stable_decay(config.optimizer, config.steps)
-
-    def create() -> Transformer:
-        rngs = nnx.Rngs(params=config.seed)
-        return Transformer(config.model, implementation=implementation, rngs=rngs)
-
-    graphdef, _ = nnx.split(nnx.eval_shape(create), nnx.Param)
-
-    def begin(params: nnx.State) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    def init() -> TrainState:
-        return begin(nnx.state(create(), nnx.Param))
 
     def train_step(
         state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         guide = teacher and dataclasses.replace(teacher, params=teacher_params)
-        grads, cross_entropy, aux = gradients(config, graphdef, state.params, batch, guide)
+        grads, cross_entropy, aux = gradients(config, layout.graphdef, state.params, batch, guide)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
@@ -194,45 +165,31 @@ def make_steps(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def eval_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        """Summed nats and the number of tokens."""
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(layout.graphdef, params)
         hidden, _, _ = model(batch.inputs, segment_ids=batch.segment_ids)
         nats, _ = losses.chunked_cross_entropy(
             hidden, model.logit_table, batch.targets, batch.weights
         )
         return nats, jnp.sum(batch.weights)
 
-    abstract = jax.eval_shape(init)
-    layout = shardings(abstract, mesh)
-    batch_layout = batch_sharding(mesh)
+    state, rows = layout.sharding, batch_sharding(mesh)
     replicated = shardings(jnp.zeros(()), mesh)
-    # The teacher is an argument of the compiled step, not a constant in it.
-    teacher_layout = () if teacher is None else (shardings(teacher.params, mesh),)
-    compiled_step = jax.jit(
-        train_step,
-        in_shardings=(layout, batch_layout, *teacher_layout),
-        out_shardings=(layout, replicated),
-        donate_argnums=0,
-    )
-
-    def guided_step(state: TrainState, batch: Batch):
-        return compiled_step(state, batch, teacher.params)
-
+    # The teacher's parameters are an argument of the compiled step, not constants in it.
+    extra = () if teacher is None else (teacher.params,)
     return Steps(
-        mesh=mesh,
-        graphdef=graphdef,
-        abstract_state=abstract,
-        state_sharding=layout,
-        init=on_mesh(mesh, jax.jit(init, out_shardings=layout)),
-        begin=on_mesh(
-            mesh,
-            jax.jit(begin, in_shardings=(layout.params,), out_shardings=layout, donate_argnums=0),
-        ),
-        train_step=on_mesh(mesh, compiled_step if teacher is None else guided_step),
-        eval_step=on_mesh(
+        layout=layout,
+        train_step=OnMesh(
             mesh,
             jax.jit(
-                eval_step, in_shardings=(layout.params, batch_layout), out_shardings=replicated
+                train_step,
+                in_shardings=(state, rows, *(shardings(params, mesh) for params in extra)),
+                out_shardings=(state, replicated),
+                donate_argnums=0,
             ),
+            extra,
+        ),
+        eval_step=OnMesh(
+            mesh,
+            jax.jit(eval_step, in_shardings=(state.params, rows), out_shardings=replicated),
         ),
     )

@@ -22,7 +22,7 @@ from gqe_jax.config import (
 from gqe_jax.data.prepare import PrepareConfig, prepare
 from gqe_jax.sharding import make_mesh
 from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.steps import make_steps
+from gqe_jax.training.state import lay_out_state
 from gqe_jax.training.telemetry import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -71,9 +71,9 @@ def small_config(corpus: pathlib.Path, run_dir: pathlib.Path, **changes) -> RunC
 
 def save_untrained(config: RunConfig) -> pathlib.Path:
     """The run's directory, with a checkpoint of its initial parameters."""
-    steps = make_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = lay_out_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     with Checkpoints(config.run_dir) as checkpoints:
-        checkpoints.save(steps.init(), config, "none", None)
+        checkpoints.save(layout.init(), config, "none", None)
     return pathlib.Path(config.run_dir)
 
 
@@ -141,6 +141,6 @@ def saved_state(config: RunConfig, step: int | None = None) -> list[np.ndarray]:
         step = checkpoints.latest() if step is None else step
         saved, _ = checkpoints.read_run(step)
         one = dataclasses.replace(saved, mesh=MeshConfig(data=1))
-        steps = make_steps(one, make_mesh(one.mesh, jax.devices()[:1]))
-        state = checkpoints.restore(step, steps.abstract_state, steps.state_sharding)
+        layout = lay_out_state(one, make_mesh(one.mesh, jax.devices()[:1]))
+        state = checkpoints.restore(step, layout.abstract)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

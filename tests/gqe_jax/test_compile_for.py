@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import CONFIGS
 from gqe_jax.compile_for import CompileOptions, hlo
+from gqe_jax.compile_for.__main__ import forwarded, read_command
 from gqe_jax.compile_for.chips import CHIPS, get_topology
 from gqe_jax.compile_for.collectives import Collective, collectives, replica_groups
 from gqe_jax.compile_for.costs import Costs, count
@@ -374,13 +375,11 @@ def test_an_evaluation_needs_no_rows_for_every_part():
         ({"sweep_meshes": -1}, "sweep_meshes is -1; it must be at least 0"),
         ({"num_slices": 0}, "num_slices is 0; it must be at least 1"),
         ({"json": pathlib.Path("no/where.json")}, "json is 'no/where.json'; it must be a file in"),
-        ({"compile_for": None, "json": pathlib.Path("a.json")}, "'a.json'; it needs compile_for"),
-        ({"compile_for": None, "num_slices": 2}, "num_slices is 2; it needs compile_for"),
     ],
 )
 def test_options_that_cannot_work_are_named_before_the_compile(options, message):
     with pytest.raises(ConfigError, match=message):
-        CompileOptions(**{"compile_for": "v5e:2x2"} | options)
+        CompileOptions(**options)
 
 
 @pytest.mark.libtpu
@@ -392,13 +391,36 @@ def test_sweep_tries_only_meshes_that_can_work():
     assert all(mesh["tensor"] <= 2 for mesh in tried)  # two groups
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_the_commands_name_an_unknown_topology(script):
+@pytest.mark.parametrize("flags", [["--num-slices", "2"], ["--json", "a.json"]])
+def test_training_refuses_options_of_a_compile_without_a_slice(flags):
     result = subprocess.run(
-        [sys.executable, script, "tiny", "--compile-for", "v5z:2x2"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "train.py", "tiny", *flags], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert flags[0] in result.stderr
+
+
+def test_scripts_forward_to_the_command():
+    assert forwarded("tiny", ["--steps", "1"]) == []
+    expected = ["tiny", "v5e:2x2", "--mesh.fsdp", "4", "--json", "a.json"]
+    for flag in (["--compile-for", "v5e:2x2"], ["--compile-for=v5e:2x2"]):
+        assert forwarded("tiny", ["--mesh.fsdp", "4", *flag, "--json", "a.json"]) == expected
+    command = read_command(expected, "eval")
+    assert (command.slice, command.options.compile_step) == ("v5e:2x2", "eval")
+    assert command.run == dataclasses.replace(CONFIGS["tiny"], mesh=MeshConfig(fsdp=4))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py", "tiny", "--compile-for", "v5z:2x2"],
+        ["eval.py", "tiny", "--compile-for", "v5z:2x2"],
+        ["-m", "gqe_jax.compile_for", "tiny", "v5z:2x2"],
+    ],
+)
+def test_the_commands_name_an_unknown_topology(arguments):
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     assert result.stderr.startswith("error: compile_for is 'v5z:2x2'")

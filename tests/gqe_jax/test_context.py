@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
+from gqe_jax.data import Batch
 from gqe_jax.model.attention import make_attention
 from gqe_jax.model.sharded_attention import sharded_routed_attention
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.model.zigzag import from_zigzag, to_zigzag
-from gqe_jax.sharding import batch_sharding, check_divides, global_batch, make_mesh, on_mesh
-from gqe_jax.training.steps import Batch, gradients, make_steps
+from gqe_jax.sharding import OnMesh, batch_sharding, check_divides, global_batch, make_mesh
+from gqe_jax.training.state import lay_out_state
+from gqe_jax.training.steps import gradients
 from gqe_kernels import routed_attention
 
 LENGTH = 64
@@ -55,10 +57,10 @@ def computed(config: RunConfig, num_devices: int):
     """Gradients, cross-entropy and the router's statistics of the first step."""
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
     check_divides(config, dict(mesh.shape))
-    steps = make_steps(config, mesh)
+    layout = lay_out_state(config, mesh)
     batch = global_batch(batch_sharding(mesh), config.batch_size, make_batch())
-    function = jax.jit(functools.partial(gradients, config, steps.graphdef))
-    return jax.device_get(on_mesh(mesh, function)(steps.init().params, batch))
+    function = jax.jit(functools.partial(gradients, config, layout.graphdef))
+    return jax.device_get(OnMesh(mesh, function)(layout.init().params, batch))
 
 
 @functools.cache
@@ -99,12 +101,12 @@ def test_loss_and_gradients_are_those_of_one_device(mesh, accumulation_steps, at
 def test_each_shard_holds_an_early_and_a_late_piece(context):
     mesh = make_mesh(MeshConfig(data=1, context=context), jax.devices()[:context])
     natural = jax.device_put(np.arange(LENGTH)[None], batch_sharding(mesh))
-    placed = on_mesh(mesh, jax.jit(to_zigzag))(natural)
+    placed = OnMesh(mesh, jax.jit(to_zigzag))(natural)
     pieces = np.arange(LENGTH).reshape(2 * context, -1)
     for shard in placed.addressable_shards:
         c = shard.index[1].start // (LENGTH // context)
         np.testing.assert_array_equal(shard.data[0], [*pieces[c], *pieces[2 * context - 1 - c]])
-    back = on_mesh(mesh, jax.jit(from_zigzag))(placed)
+    back = OnMesh(mesh, jax.jit(from_zigzag))(placed)
     np.testing.assert_array_equal(back, natural)
 
 
@@ -114,7 +116,7 @@ def test_routing_is_returned_in_natural_order():
     call = jax.jit(lambda tokens: model(tokens, return_routing=True)[1])
     expected = call(tokens)
     mesh = make_mesh(MeshConfig(data=2, context=4))
-    actual = on_mesh(mesh, jax.jit(lambda tokens: model(tokens, return_routing=True)[1]))(tokens)
+    actual = OnMesh(mesh, jax.jit(lambda tokens: model(tokens, return_routing=True)[1]))(tokens)
     np.testing.assert_array_equal(actual.expert_index, expected.expert_index)
     np.testing.assert_allclose(actual.router_probs, expected.router_probs, atol=1e-5)
 
@@ -125,7 +127,7 @@ def test_a_layer_alone_takes_sequences_in_natural_order(length):
     layer = make_attention(ATTENTION, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, length, 32))
     mesh = make_mesh(MeshConfig(data=2, context=4))
-    actual = on_mesh(mesh, jax.jit(lambda x: layer(x)[0]))(x)
+    actual = OnMesh(mesh, jax.jit(lambda x: layer(x)[0]))(x)
     np.testing.assert_allclose(actual, layer(x)[0], atol=1e-5)
 
 
@@ -153,7 +155,7 @@ def test_every_head_is_masked_as_the_call_says(masking):
 
     arrays = {name: x for name, x in arguments.items() if hasattr(x, "ndim")}
     mesh = make_mesh(MeshConfig(data=1, context=2, tensor=4))
-    actual = on_mesh(mesh, jax.jit(sharded))(arrays)
+    actual = OnMesh(mesh, jax.jit(sharded))(arrays)
     np.testing.assert_allclose(actual, routed_attention(**arguments, **masking), atol=1e-5)
 
 
@@ -174,7 +176,7 @@ def test_the_shared_head_is_computed_once_over_the_tensor_axis():
 
     def attention_flops(tensor: int) -> float:
         mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
-        compiled = on_mesh(mesh, lambda x: jax.jit(lambda x: layer(x)[0]).lower(x).compile())(x)
+        compiled = OnMesh(mesh, lambda x: jax.jit(lambda x: layer(x)[0]).lower(x).compile())(x)
         return compiled.cost_analysis()["flops"]
 
     # Four hard heads and the shared one; projections are small beside 512 x 512 logits.

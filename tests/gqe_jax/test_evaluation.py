@@ -28,7 +28,7 @@ def test_loss_equals_the_logits_of_each_window(corpus, tmp_path):
         small_config(corpus.directory, tmp_path), mesh=MeshConfig(data=2, fsdp=2, tensor=2)
     )
     steps = make_steps(config, make_mesh(config.mesh))
-    params = steps.init().params
+    params = steps.layout.init().params
     options = {"batch_size": 8, "sequence_length": 32}
     result = evaluate(steps, params, corpus.validation, DataConfig(), **options)
 

@@ -18,7 +18,7 @@ from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer
 from gqe_jax.generation import Generator, Sampling, TextStream, sample, stream_text
 from gqe_jax.model.transformer import unrolled
-from gqe_jax.restore import restore_run
+from gqe_jax.runs import restore_run
 from gqe_jax.sharding import make_mesh
 from tests.gqe_jax.runs import save_untrained, small_config
 

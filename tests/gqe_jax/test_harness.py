@@ -5,17 +5,19 @@ import functools
 import json
 import math
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from eval import score_tasks
+import eval as eval_script
 from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
 from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer
-from gqe_jax.evaluation.tasks import TasksConfig, compare, evaluate_tasks, load_tasks
-from gqe_jax.restore import RestoredRun
+from gqe_jax.evaluation.run import EvalConfig
+from gqe_jax.evaluation.tasks import compare, evaluate_tasks, load_tasks
+from gqe_jax.runs import RestoredRun
 from gqe_jax.sharding import make_mesh
 from tests.gqe_jax.runs import save_untrained, small_config
 
@@ -162,7 +164,7 @@ def run_dir(tmp_path_factory):
 
 
 def test_our_own_tasks_give_the_scores_counted_by_hand(tasks, run_dir):
-    config = TasksConfig((run_dir,), "repeats,writes", include_path=tasks, batch_size=4)
+    config = EvalConfig((run_dir,), tasks="repeats,writes", include_path=tasks, batch_size=4)
     shown = evaluate_tasks(config)
     report = json.loads(pathlib.Path(run_dir, "evaluation.json").read_text())
     scores = report["results"]
@@ -175,12 +177,14 @@ def test_our_own_tasks_give_the_scores_counted_by_hand(tasks, run_dir):
     assert report["config"]["max_length"] == 32
 
 
-def test_limit_shots_and_two_runs(tasks, run_dir, tmp_path, capsys):
+def test_limit_shots_and_two_runs(tasks, run_dir, tmp_path, capsys, monkeypatch):
     """By the command line."""
     output = tmp_path / "both.json"
     flags = {"tasks": "repeats", "num-fewshot": 1, "limit": 2, "include-path": tasks}
     flags["output"] = output
-    score_tasks([run_dir, run_dir, *(f"--{name}={value}" for name, value in flags.items())])
+    arguments = [run_dir, run_dir, *(f"--{name}={value}" for name, value in flags.items())]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+    eval_script.main()
     shown = capsys.readouterr().out
     report = json.loads(output.read_text())
     result = report["runs"][run_dir]
@@ -232,11 +236,11 @@ def test_data_that_is_not_here_is_named_with_where_it_goes(tmp_path):
 
 def test_what_cannot_work_is_named(monkeypatch):
     with pytest.raises(ConfigError, match="name one run, or two"):
-        TasksConfig(("a", "b", "c"), "x")
+        EvalConfig(("a", "b", "c"), tasks="x")
     with pytest.raises(ConfigError, match="limit is 0; it must be positive"):
-        TasksConfig(("a",), "x", limit=0)
+        EvalConfig(("a",), tasks="x", limit=0)
     with pytest.raises(ConfigError, match="include_path is 'nowhere'; it must be a directory"):
         load_tasks(["x"], "nowhere")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[eval\]'"):
-        evaluate_tasks(TasksConfig(("a",), "x"))
+        evaluate_tasks(EvalConfig(("a",), tasks="x"))

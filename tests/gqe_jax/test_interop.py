@@ -16,10 +16,10 @@ from gqe_jax.interop.export_weights import ExportConfig, export_weights
 from gqe_jax.interop.hf_config import to_model_config
 from gqe_jax.interop.import_weights import ImportConfig, import_weights, read_model
 from gqe_jax.interop.layout import abstract_params, layer_from_torch, layer_to_torch
-from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.tensors import INDEX_FILE, WEIGHTS_FILE, Tensors, WeightsError
 from gqe_jax.model.attention import make_attention
-from gqe_jax.training.loop import read_config
+from gqe_jax.runs import SPREAD, Run, load_config, write_run
+from gqe_jax.sharding import make_mesh
 from tests.gqe_jax import llama
 
 LLAMA3 = {
@@ -132,8 +132,9 @@ def imported(request, tmp_path_factory):
 
 def test_logits_equal_the_independent_forward(imported):
     folder, config, tensors = imported
-    run, step, params = read_run(folder / "run")
-    assert (step, run) == (0, read_config(folder / "run"))
+    found = Run.find(folder / "run")
+    run, step, (_, params) = found.config, found.step, found.load(make_mesh(SPREAD))
+    assert (step, run) == (0, load_config(folder / "run"))
     assert run.model.attention.variant == "gqa"
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(run.model, rngs=nnx.Rngs(0))))
 

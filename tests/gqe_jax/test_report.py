@@ -30,7 +30,7 @@ from gqe_jax.report.measures import Expert
 from gqe_jax.report.routing import route_text, token_texts
 from gqe_jax.sharding import make_mesh
 from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.steps import make_steps
+from gqe_jax.training.state import lay_out_state
 from gqe_jax.training.telemetry import METRICS_FILE
 from tests.gqe_jax.runs import make_corpus, small_config
 
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention)
     )
-    state = make_steps(config, make_mesh(config.mesh)).init()
+    state = lay_out_state(config, make_mesh(config.mesh)).init()
     with Checkpoints(config.run_dir) as checkpoints:
         checkpoints.save(state, config, "fingerprint", eval_loss=None)
     metrics = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 2.0, "clipped_grad_norm": 1.0}

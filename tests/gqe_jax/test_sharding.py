@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from configs import CONFIGS
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
+from gqe_jax.training.state import lay_out_state
 from gqe_jax.training.steps import make_steps
 
 TINY = CONFIGS["tiny"]
@@ -19,7 +20,7 @@ TINY = CONFIGS["tiny"]
 
 def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor():
     steps = make_steps(TINY, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    state = steps.init()
+    state = steps.layout.init()
     query = state.params["layers"]["attention"]["query"]["kernel"]
     assert query[...].sharding.spec == PartitionSpec(None, ("fsdp",), ("tensor",), None, None)
     for array in jax.tree.leaves((state.params, state.opt_state)):
@@ -30,13 +31,13 @@ def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor():
 
 def test_slots_that_do_not_divide_stay_whole():
     steps = make_steps(TINY, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
-    layout = steps.state_sharding.params["layers"]["attention"]["out"]["kernel"]
+    layout = steps.layout.sharding.params["layers"]["attention"]["out"]["kernel"]
     assert layout.get_value().spec == PartitionSpec(None, None, None, ("fsdp",))
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
     def params(mesh):
-        return jax.device_get(make_steps(TINY, make_mesh(mesh)).init().params)
+        return jax.device_get(lay_out_state(TINY, make_mesh(mesh)).init().params)
 
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -96,7 +97,7 @@ def test_a_host_of_a_pod_feeds_rows_that_are_not_consecutive():
 
 
 def test_metadata_of_axes_survives_the_optimizer():
-    state = make_steps(TINY, make_mesh(MeshConfig())).abstract_state
+    state = lay_out_state(TINY, make_mesh(MeshConfig())).abstract
     moments = state.opt_state[1].mu
     axes = lambda tree: {  # noqa: E731
         path: variable.get_metadata()["out_sharding"] for path, variable in nnx.to_flat_state(tree)

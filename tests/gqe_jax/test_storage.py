@@ -16,9 +16,10 @@ from gqe_jax.data.corpus import Corpus, DataError
 from gqe_jax.data.pipeline import read_windows
 from gqe_jax.data.prepare import PrepareConfig, prepare
 from gqe_jax.report.curves import draw
+from gqe_jax.runs import load_config, write_config
 from gqe_jax.storage import find, is_remote, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.loop import read_config, train, write_config
+from gqe_jax.training.loop import train
 from gqe_jax.training.telemetry import METRICS_FILE, Telemetry, read_metrics
 from tests.gqe_jax.runs import make_corpus, small_config
 
@@ -138,7 +139,7 @@ def test_a_run_whose_paths_are_urls(bucket, tmp_path):
     config = small_config(f"{bucket}/corpus", f"file://{tmp_path}/run", steps=1)
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
     assert int(train(config, stream=io.StringIO()).step) == 1
-    assert read_config(config.run_dir) == config
+    assert load_config(config.run_dir) == config
     with Checkpoints(config.run_dir, read_only=True) as checkpoints:
         assert checkpoints.latest() == 1
     assert (tmp_path / "run" / METRICS_FILE).exists()
@@ -148,7 +149,7 @@ def test_a_configuration_in_the_store(bucket):
     config = small_config(f"{bucket}/corpus", f"{bucket}/run", steps=2)
     write_config(config)
     assert json.loads(location(f"{bucket}/run/config.json").read_text())["steps"] == 2
-    assert read_config(f"{bucket}/run") == config
+    assert load_config(f"{bucket}/run") == config
 
 
 def test_what_cannot_be_reached_is_named(bucket, monkeypatch):

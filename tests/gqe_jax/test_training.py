@@ -14,8 +14,9 @@ from gqe_jax.config import (
     OptimizerConfig,
     RunConfig,
 )
+from gqe_jax.data import Batch
 from gqe_jax.sharding import batch_sharding, global_batch, make_mesh
-from gqe_jax.training.steps import Batch, Teacher, gradients, make_steps
+from gqe_jax.training.steps import Teacher, gradients, make_steps
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -46,7 +47,7 @@ def losses(config: RunConfig, devices: int, segments: bool = False) -> list[floa
     """Of 20 steps on the first `devices` devices."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     steps = make_steps(config, mesh)
-    state, values = steps.init(), []
+    state, values = steps.layout.init(), []
     for step in range(config.steps):
         batch = global_batch(batch_sharding(mesh), 16, make_batch(step, segments))
         state, metrics = steps.train_step(state, batch)
@@ -66,7 +67,7 @@ def test_a_teacher_that_agrees_leaves_the_text_its_share():
     steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: jax.numpy.float32(rng.normal(size=x.shape) / 6), steps.abstract_state.params
+        lambda x: jax.numpy.float32(rng.normal(size=x.shape) / 6), steps.layout.abstract.params
     )
 
     def of(teacher):
@@ -125,7 +126,7 @@ def test_accumulation_counts_every_token_alike(on_one_device):
 def test_losses_and_gradient_equal_the_definition():
     """loss = cross-entropy + 0.01 · aux, from the logits of the whole batch."""
     steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
-    state = steps.init()
+    state = steps.layout.init()
     batch = make_batch(0)
     model = nnx.merge(steps.graphdef, jax.device_get(state.params))
     hidden, aux, _ = model(batch.inputs)
@@ -145,7 +146,7 @@ def test_losses_and_gradient_equal_the_definition():
 
 def test_eval_step_sums_nats_and_tokens():
     steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
-    state = steps.init()
+    state = steps.layout.init()
     nats, tokens = steps.eval_step(state.params, make_batch(0))
     _, metrics = steps.train_step(state, make_batch(0))
     assert float(tokens) == 16 * 24 - 12

@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import CONFIGS
 from gqe_jax import AttentionConfig, ModelConfig, Transformer
-from gqe_jax.model.transformer import matmul_flops_per_token
+from gqe_jax.model.flops import matmul_flops_per_token
 from tests.gqe_kernels.contract import assert_close
 
 CONFIG = ModelConfig(

@@ -12,9 +12,10 @@ from flax import nnx
 from gqe_jax import AttentionConfig, ModelConfig, Transformer
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.interop.layout import abstract_params
-from gqe_jax.interop.runs import read_run, write_run
 from gqe_jax.interop.upcycle import UpcycleConfig, convert, fit_out, upcycle
-from gqe_jax.training.loop import read_config, train
+from gqe_jax.runs import SPREAD, Run, load_config, write_run
+from gqe_jax.sharding import make_mesh
+from gqe_jax.training.loop import train
 from tests import oracle
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 
@@ -147,9 +148,10 @@ def dense_run(tmp_path_factory):
 def test_an_upcycled_run_trains_on_under_its_teacher(dense_run):
     dense, folder = dense_run
     run = upcycle(UpcycleConfig(folder / "run", folder / "upcycled", 1, steps=3, distill=True))
-    assert read_config(folder / "upcycled") == run
+    assert load_config(folder / "upcycled") == run
     assert (run.steps, run.teacher) == (3, dense.run_dir)
-    _, step, params = read_run(run.run_dir)
+    found = Run.find(run.run_dir)
+    step, (_, params) = found.step, found.load(make_mesh(SPREAD))
     assert step == 0
     before = [np.asarray(x) for x in jax.tree.leaves(params)]
     # Nothing has been trained yet, so the recipe may change; the model may not.

@@ -12,10 +12,11 @@ from flax import nnx
 
 from configs import CONFIGS
 from gqe_jax.config import MeshConfig
+from gqe_jax.data import Batch
 from gqe_jax.model import attention as layers
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
-from gqe_jax.training.steps import Batch, forward_loss, make_steps
+from gqe_jax.training.steps import forward_loss, make_steps
 from kernels.benchmarks.speed import work
 from kernels.benchmarks.speed.arrays import contender, normal
 from kernels.benchmarks.speed.cases import Case, Scale
@@ -160,11 +161,11 @@ def step(case: Case, scale: Scale, platform: str, known: Known) -> list[Contende
             sequence_length=case.length,
         )
         steps = make_steps(config, mesh, implementation=_implementation(name, variant))
-        state = steps.init()
+        state = steps.layout.init()
 
         def lower(_, steps=steps, arguments=(state, batch), around=around):
-            with around(), jax.set_mesh(mesh):
-                return steps.train_step.__wrapped__.lower(*arguments)
+            with around():
+                return steps.train_step.lower(*arguments)
 
         flops = work.model(config.model, case.length, case.batch, training=True)
         found.append(

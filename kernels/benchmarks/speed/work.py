@@ -5,7 +5,7 @@ usual: logits once more, however often a kernel computes them.
 """
 
 from gqe_jax.config import AttentionConfig, ModelConfig
-from gqe_jax.model.transformer import matmul_flops_per_token
+from gqe_jax.model.flops import matmul_flops_per_token, projection_flops_per_token
 
 
 def attention(heads: int, head_dim: int, length: int, batch: int, *, training: bool) -> int:
@@ -20,12 +20,9 @@ def attention(heads: int, head_dim: int, length: int, batch: int, *, training: b
 
 def layer(config: AttentionConfig, length: int, batch: int, *, training: bool) -> int:
     """Of an attention layer: its projections, router and heads."""
-    embed, head_dim = config.embed_dim, config.resolved_head_dim
-    columns = head_dim * (config.num_query_experts + 2 * config.num_kv_heads + config.num_slots)
-    if config.variant == "gqe":
-        columns += head_dim + config.num_query_experts
-    products = 2 * length * batch * embed * columns * (3 if training else 1)
-    return products + attention(config.num_active_heads, head_dim, length, batch, training=training)
+    heads, head_dim = config.num_active_heads, config.resolved_head_dim
+    products = length * batch * projection_flops_per_token(config) * (3 if training else 1)
+    return products + attention(heads, head_dim, length, batch, training=training)
 
 
 def model(config: ModelConfig, length: int, batch: int, *, training: bool) -> float:

@@ -5,21 +5,25 @@ text, with a tokenizer of at most 50,304 tokens, into `corpora/fineweb-edu` (`py
 gqe_jax.data.prepare`), or name another directory with `--data.corpus`.
 """
 
-from gqe_jax.config import AttentionConfig, DataConfig, MeshConfig, ModelConfig, RunConfig
+from configs.variants import variant_of
+from gqe_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig
 
-GQE_250M = RunConfig(
+GQE = RunConfig(
     model=ModelConfig(
-        attention=AttentionConfig(
-            variant="gqe", embed_dim=1024, num_query_experts=16, num_kv_heads=8, top_k=1
-        ),
+        attention=AttentionConfig(embed_dim=1024, num_query_experts=16, num_kv_heads=8, top_k=1),
         num_layers=16,
         mlp_dim=3072,
         vocab_size=50304,
     ),
     data=DataConfig(corpus="corpora/fineweb-edu"),
-    mesh=MeshConfig(data=-1),
     run_dir="runs/gqe_250m",
     steps=28610,
     batch_size=512,
     sequence_length=2048,
 )
+CONFIGS = {
+    "gqe_250m": GQE,
+    "gqa_250m": variant_of(GQE, "gqa_250m", variant="gqa"),
+    "hard_concat_250m": variant_of(GQE, "hard_concat_250m", variant="hard_concat"),
+    "weighted_concat_250m": variant_of(GQE, "weighted_concat_250m", variant="weighted_concat"),
+}

@@ -1,0 +1,100 @@
+"""The state of a run and its layout over a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from gqe_jax.config import ModelConfig, RunConfig
+from gqe_jax.model.transformer import Transformer
+from gqe_jax.sharding import OnMesh, shardings
+from gqe_jax.training.optimizer import make_optimizer
+from gqe_kernels import Implementation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds: the state after `step` optimizer steps."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Where a run's state lies on a mesh, and how it begins."""
+
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    """The model without its parameters."""
+    abstract: TrainState
+    """Shapes, types and shardings of the arrays."""
+    init: Callable[[], TrainState]
+    """Creates the state of step 0, with parameters drawn from the run's seed."""
+    begin: Callable[[nnx.State], TrainState]
+    """Creates the state of step 0 with these parameters, which are donated."""
+
+    @property
+    def sharding(self) -> TrainState:
+        """The sharding of each array."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def lay_out_params(
+    config: ModelConfig, mesh: Mesh, *, implementation: Implementation | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Returns the model without its parameters, and their shapes, types and shardings.
+
+    Args:
+      config: the model.
+      mesh: from `sharding.make_mesh`.
+      implementation: the attention kernel; None: each call takes the best for its platform.
+    """
+    model = nnx.eval_shape(
+        lambda: Transformer(config, implementation=implementation, rngs=nnx.Rngs(0))
+    )
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, _with_shardings(params, mesh)
+
+
+def lay_out_state(
+    config: RunConfig, mesh: Mesh, *, implementation: Implementation | None = None
+) -> StateLayout:
+    """Lays out the state of a run over a mesh; the arguments are those of `make_steps`."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    def begin(params: nnx.State) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def init() -> TrainState:
+        model = Transformer(config.model, rngs=nnx.Rngs(params=config.seed))
+        return begin(nnx.state(model, nnx.Param))
+
+    graphdef, _ = lay_out_params(config.model, mesh, implementation=implementation)
+    abstract = _with_shardings(jax.eval_shape(init), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return StateLayout(
+        mesh=mesh,
+        graphdef=graphdef,
+        abstract=abstract,
+        init=OnMesh(mesh, jax.jit(init, out_shardings=layout)),
+        begin=OnMesh(
+            mesh,
+            jax.jit(begin, in_shardings=(layout.params,), out_shardings=layout, donate_argnums=0),
+        ),
+    )
+
+
+def _with_shardings[Tree](abstract: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
