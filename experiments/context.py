@@ -142,7 +142,7 @@ def row(name: str, function, topology: Topology) -> str:
     )
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     times = " | ".join(
-        f"{1e3 * x:.2f} ms" for x in (guess.compute, guess.hbm, guess.ici, guess.in_turn)
+        f"{1e3 * x:.2f} ms" for x in (guess.compute, guess.hbm, guess.ici, guess.serial)
     )
     return (
         f"| {mesh.size} | {name} | {sent / 1e6:.0f} MB | {temporaries / GIB:.2f} GiB | {launches} "

@@ -1,4 +1,4 @@
-"""Configurations as nested dictionaries, for JSON: made, read, and compared."""
+"""Conversion of configurations to and from JSON dictionaries, and their comparison."""
 
 import dataclasses
 import types
@@ -7,20 +7,20 @@ from typing import Any, Literal, get_args
 
 from gqe_jax.config import ConfigError, RunConfig
 
-# What may change when a run is resumed: nothing that the past steps' numbers depend on. A run whose
-# `steps` change goes on with the schedule of the new length.
+# Fields that may change when a run resumes: those on which the past steps do not depend. After a
+# change of `steps` the run continues on the schedule of the new length.
 RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches")
 RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON-ready nested dictionaries."""
+    """A configuration as nested dictionaries that JSON can hold."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type, values: dict[str, Any], path: str = "") -> Any:
-    """The dataclass `kind` from nested dictionaries, as `to_dict` made them; nothing is executed.
+    """Builds the dataclass `kind` from the nested dictionaries of `to_dict`; executes no code.
 
     Raises:
       ConfigError: a field is unknown, missing, or has a value of the wrong type or range.
@@ -48,7 +48,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{path}.")
     if origin is Literal:
-        return value  # the dataclass checks the choice and names the others
+        return value  # the dataclass checks the choice
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_typed(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -63,7 +63,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields, with both values, in which a run cannot go on from another's checkpoint."""
+    """The fields, with both values, whose difference prevents resuming `theirs` as `ours`."""
 
     def flatten(values, path=""):
         for name, value in values.items():

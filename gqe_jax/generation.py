@@ -1,13 +1,13 @@
-"""Text from a model: chunked prefill, then batched decoding with the dense GQA cache.
+"""Text generation: chunked prefill, then batched decoding with the dense GQA cache.
 
     generator = Generator(model)
     for row, piece in stream_text(generator, tokenizer, ["def main"], max_tokens=100):
         print(piece, end="", flush=True)
 
-Prompts of different lengths share a batch: each row is padded to the right in the prefill, and then
-decodes at its own positions. So a row's numbers do not depend on the rows beside it, and, but for
-the rounding of sums in another order, neither on the chunks, the size of the batch or the mesh:
-greedy tokens are the same unless two logits, or two experts' probabilities, tie within that.
+Prompts of different lengths share a batch: each row is right-padded in the prefill and then decodes
+at its own positions. A row's results do not depend on the other rows, and depend on the chunks, the
+batch size and the mesh only through the rounding of sums. Greedy tokens differ only where two
+logits, or two experts' probabilities, tie within that rounding.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ from gqe_jax.data.tokenizers import Tokenizer
 from gqe_jax.model.transformer import Transformer, unrolled
 from gqe_jax.sharding import RULES, OnMesh, constrain, make_mesh, shardings
 
-_CAPACITY_STEP = 128  # capacities are its multiples, so that few shapes are compiled
+_CAPACITY_STEP = 128  # cache capacities are multiples of it, so that few shapes are compiled
 _SHORTEST_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the logits."""
+    """Options for sampling a token from the logits."""
 
     temperature: float = 0.0
-    """What the logits are divided by; 0: the most probable token."""
+    """Divisor of the logits; 0: greedy, the most probable token."""
     top_k: int | None = None
-    """Only the k most probable tokens, and those that tie with the last; None: all."""
+    """Sample from the k most probable tokens and any that tie with the k-th; None: all."""
     top_p: float = 1.0
-    """Then only the most probable tokens that together reach this probability."""
+    """After top_k, sample from the smallest set of most probable tokens with this probability."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -58,7 +58,7 @@ def sample(
     row: Int[Array, "batch"],
     position: Int[Array, ""],
 ) -> Int[Array, "batch"]:
-    """One token a row; its random numbers depend on `key`, its `row` and `position` alone."""
+    """Samples one token per row; its randomness depends only on `key`, its `row` and `position`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
@@ -77,12 +77,12 @@ def sample(
 
 
 class Generator:
-    """Decodes with a model; compiles once for each shape of batch, chunk and cache.
+    """Generates tokens with a model; compiles once for each shape of batch, chunk and cache.
 
     Args:
-      model: its parameters are copied, layer by layer, in the type they are computed with.
-      mesh: the devices that share the work, from `sharding.make_mesh`; None: one device.
-      chunk_size: tokens of each row that the prefill takes at once.
+      model: the model; its parameters are copied, unstacked by layer, in the computation dtype.
+      mesh: the device mesh, from `sharding.make_mesh`; None: one device.
+      chunk_size: tokens per row and prefill step.
 
     Raises:
       ConfigError: `chunk_size` is not positive.
@@ -145,22 +145,22 @@ class Generator:
         end_of_document: int | None = None,
         stop: Callable[[int, int], bool] = lambda row, token: False,
     ) -> Iterator[tuple[int, int]]:
-        """Continues the prompts, as one batch; yields each row's tokens as they come.
+        """Continues the prompts as one batch, and yields each row's tokens as they are generated.
 
         Args:
           prompts: token ids, at least one each.
-          max_tokens: the most new tokens of a row.
-          sampling, seed: how tokens are chosen.
-          rows: numbers that tell the prompts' random numbers apart, so that a prompt of a long list
-            draws the same ones in any batch; None: 0, 1, …
-          end_of_document: the token that ends a row and is not yielded; None: none does.
-          stop: asked with each row and token that was yielded; True ends that row.
+          max_tokens: maximum number of new tokens per row.
+          sampling, seed: how tokens are sampled.
+          rows: a number per prompt that seeds its randomness, so that a prompt of a long list gets
+            the same samples in any batch; None: 0, 1, …
+          end_of_document: the token that ends a row and is not yielded; None: no such token.
+          stop: called with the row and the token after each yield; True ends that row.
 
         Yields:
           (row, token).
 
         Raises:
-          ValueError: a prompt has no token.
+          ValueError: a prompt is empty.
         """
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
@@ -173,7 +173,7 @@ class Generator:
         token = self._sample(logits, sampling, key, number, 0)
         active = np.arange(batch) < len(prompts)
         for step in range(1, max_tokens + 1):
-            if step < max_tokens:  # the device works on the next token while this one is looked at
+            if step < max_tokens:  # dispatched before the host waits for the current token
                 logits, cache = self._decode(self._params, token, active.copy(), cache)
                 following = self._sample(logits, sampling, key, number, step)
             tokens = np.asarray(token)
@@ -189,7 +189,7 @@ class Generator:
             token = following
 
     def _start(self, prompts, batch, max_tokens):
-        """Logits behind every prompt, and the cache, by prefill in chunks."""
+        """Prefills the cache in chunks; returns the logits after each prompt, and the cache."""
         longest = max(map(len, prompts))
         chunk = min(self.chunk_size, max(_SHORTEST_CHUNK, 1 << (longest - 1).bit_length()))
         length = _round_up(longest, chunk)
@@ -211,14 +211,15 @@ def _round_up(value: int, step: int) -> int:
 
 
 class TextStream:
-    """The text of one row as its tokens come, up to a stop sequence.
+    """Decodes the tokens of one row incrementally, up to a stop sequence.
 
-    Bytes of an unfinished character, and text that may yet become a stop sequence, wait. A token is
-    decoded with the few before it: for decoders to whom the first one is another matter.
+    Holds back the bytes of an incomplete character, and text that may be the beginning of a stop
+    sequence. Tokens are decoded together with those before them, since some decoders treat the
+    first token differently.
 
     Args:
-      decode: from tokens to text, with U+FFFD for what is no character.
-      stop: sequences that end the text, and are no part of it.
+      decode: maps tokens to text, with U+FFFD for incomplete characters.
+      stop: sequences that end the text; they are not part of it.
 
     >>> text = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stop=["\\n\\n"])
     >>> [text.push(token) for token in "né\\n\\nx".encode()]
@@ -232,15 +233,15 @@ class TextStream:
             raise ConfigError("stop is ''; a stop sequence must have at least one character")
         self._decode = decode
         self._stop = tuple(stop)
-        self._tokens: list[int] = []  # that are still decoded
-        self._settled = 0  # of these, whose text is known
-        self._known = ""  # their text
-        self._waiting = ""  # text behind what was returned
-        self._returned = 0  # characters after `_waiting` begins
+        self._tokens: list[int] = []  # the tokens that are decoded together
+        self._settled = 0  # how many of them are settled
+        self._known = ""  # the text of the settled tokens
+        self._waiting = ""  # settled text that is held back
+        self._returned = 0  # characters returned since `_waiting` begins
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this token."""
+        """Adds a token and returns the text that can be emitted now."""
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -250,7 +251,7 @@ class TextStream:
             self.stopped = True
             return text[self._returned : end]
         whole = text.rstrip("\ufffd")
-        ready = len(whole) - self._beginning_of_a_stop(whole)
+        ready = len(whole) - self._partial_stop_length(whole)
         piece = whole[self._returned : ready]
         self._returned = max(self._returned, ready)
         if whole == text and text != self._waiting:
@@ -258,21 +259,21 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What was still waiting; no token follows."""
+        """The text that was held back, at the end of the row."""
         return "" if self.stopped else (self._waiting + self._new_text())[self._returned :]
 
     def _new_text(self) -> str:
-        """Of the tokens that are not settled."""
+        """The text of the tokens that are not settled."""
         return self._decode(self._tokens)[len(self._known) :]
 
     def _settle(self, text: str) -> None:
-        """All characters are whole: what comes is decoded behind the tokens that ended them."""
+        """Settles the current tokens, all of whose characters are complete."""
         self._tokens = self._tokens[self._settled :]
         self._settled, self._known = len(self._tokens), self._decode(self._tokens)
         self._waiting, self._returned = text[self._returned :], 0
 
-    def _beginning_of_a_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop sequence."""
+    def _partial_stop_length(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is a prefix of a stop sequence."""
         longest = max(map(len, self._stop), default=0) - 1
         for size in range(min(longest, len(text)), 0, -1):
             if any(s.startswith(text[-size:]) for s in self._stop):
@@ -291,10 +292,10 @@ def stream_text(
     rows: Sequence[int] | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Continues texts, or their tokens, as one batch; yields (row, the next piece of its text).
+    """Continues texts or token lists as one batch, and yields (row, next piece of its text).
 
-    An empty text is the beginning of a document. The arguments are those of `Generator.stream`;
-    `stop` are sequences that end a row's text and are no part of it.
+    An empty text starts a new document. The arguments are those of `Generator.stream`, except that
+    `stop` lists the strings that end a row's text; they are not part of it.
     """
 
     def encode(prompt):

@@ -1,4 +1,4 @@
-"""The processes of one job: joining them, and what they must agree on."""
+"""The processes of one job: initialisation, and values on which all processes agree."""
 
 import glob
 import json
@@ -15,24 +15,24 @@ from gqe_jax.config import ConfigError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT_SECONDS = 30
-"""A process that was silent for so long is dead, and the others end."""
+"""After this long without a heartbeat a process counts as dead, and the others exit."""
 _LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def has_tpu() -> bool:
-    """Whether this machine has TPU chips, found without loading anything."""
+    """Whether this machine has TPU chips, from its device files; loads no library."""
     return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
 
 
 def join() -> None:
-    """Joins the job's other processes, if there are any; to be called before JAX sees a device.
+    """Initialises `jax.distributed` if the job has several processes; call before other JAX calls.
 
-    On TPU pods, on GKE, and under Slurm and Open MPI, JAX finds them itself. Elsewhere three
-    environment variables name them: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0),
+    On TPU pods, on GKE, and under Slurm and Open MPI, JAX detects the processes. Elsewhere three
+    environment variables define them: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-      ConfigError: a variable is missing or has a value that cannot be.
+      ConfigError: a variable is missing or invalid, or the processes cannot be joined.
     """
     if jax.distributed.is_initialized():
         return
@@ -43,7 +43,7 @@ def join() -> None:
         return
     if not (launched or on_tpu):
         _check_complete(named)
-    # JAX's handler of SIGTERM would replace ours, which is there for one process also.
+    # JAX's SIGTERM handler would replace ours, which also serves single-process runs.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -56,15 +56,15 @@ def join() -> None:
     except ValueError as error:
         if named or launched:
             raise ConfigError(f"the job's processes cannot be joined ({error})") from None
-        # else one machine with TPUs that are no part of a pod
+        # otherwise: a single machine with TPUs that are not part of a pod
 
 
 def _check_complete(named: dict[str, str]) -> None:
     missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in named]
     if missing:
         raise ConfigError(
-            f"{' and '.join(named)} is set and {' and '.join(missing)} is not: several processes "
-            "need all three, one process none"
+            f"{' and '.join(named)} is set and {' and '.join(missing)} is not; set all three for "
+            "several processes, none for one"
         )
     count, index = named[COUNT], named[INDEX]
     if not (count.isdecimal() and int(count) > 0):
@@ -76,18 +76,18 @@ def _check_complete(named: dict[str, str]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is process 0, which writes files and messages for the job."""
     return jax.process_index() == 0
 
 
 def describe() -> str:
-    """Which process this is, to begin a message with; empty for the only one."""
+    """A prefix for messages that names this process; empty in a job of one process."""
     count = jax.process_count()
     return f"process {jax.process_index()} of {count}: " if count > 1 else ""
 
 
 def from_first(value: Any) -> Any:
-    """The first process's `value`, anything that JSON holds, on every process."""
+    """Broadcasts process 0's `value`, which must be JSON-serialisable, to every process."""
     if jax.process_count() == 1:
         return value
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -97,20 +97,20 @@ def from_first(value: Any) -> Any:
 
 
 class Vote:
-    """Whether any process wishes something; all get the same answer at the same call.
+    """Reduces a local flag to whether any process has set it; all get one answer at each call.
 
-    Alone, a process gets its wish at once. Several answer one call late: a call starts a sum of the
-    wishes over the mesh, a scalar that is reduced between two steps, and returns the one before,
-    which is done by then, so that nobody waits. Every process must call equally often. What was
-    once agreed stays.
+    A single process gets its own flag at once. With several, a call starts a max-reduction of the
+    flags over the mesh and returns the result of the previous call's reduction, which is done by
+    then, so that no step waits for it. Every process must call equally often. Once the answer is
+    True it stays True.
 
     Args:
-      mesh: over the devices of all processes.
-      wish: of this process.
+      mesh: the mesh over the devices of all processes.
+      flag: returns this process's flag.
     """
 
-    def __init__(self, mesh: Mesh, wish: Callable[[], bool]):
-        self._wish = wish
+    def __init__(self, mesh: Mesh, flag: Callable[[], bool]):
+        self._flag = flag
         self._agreed = False
         self._pending: jax.Array | None = None
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -118,10 +118,10 @@ class Vote:
 
     def __call__(self) -> bool:
         if jax.process_count() == 1:
-            return self._wish()
+            return self._flag()
         if not self._agreed:
             self._agreed = self._pending is not None and bool(self._pending)
-            mine = np.array([self._wish()], np.int32)
+            mine = np.array([self._flag()], np.int32)
             shape = (self._sharding.mesh.size,)
             self._pending = self._any(
                 jax.make_array_from_callback(shape, self._sharding, lambda _: mine)

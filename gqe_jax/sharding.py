@@ -1,4 +1,4 @@
-"""The device mesh, and one table from logical axes to mesh axes."""
+"""The device mesh, and the table from logical axes to mesh axes."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 
-# Logical axis of a weight or an activation → mesh axes that it is split over. Where it does not
-# divide over all of them, it is split over the first ones that it divides over.
+# Logical axis of a weight or an activation → mesh axes over which it is sharded. A size that is no
+# multiple of their product is sharded over the longest prefix of them that divides it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": ("context",),
@@ -23,31 +23,31 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp", "context"),
     "norm": (),
     "group": ("tensor",),
-    "slot": ("tensor",),  # kept whole where k·G + 2 slots do not divide
+    "slot": ("tensor",),  # replicated where the k·G + 2 slots do not divide
     "mlp": ("tensor",),
-    "mlp_rows": ("tensor", "fsdp", "context"),  # of `down`: sums into rows need no transpose
+    "mlp_rows": ("tensor", "fsdp", "context"),  # rows of `down`: its reduction needs no transpose
     "vocab": ("tensor",),
 }
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices`, by default all of them.
+    """The mesh of `config` over `devices`, by default all devices.
 
-    Over several slices of TPUs the data axis takes the network between them.
+    On several TPU slices only the data axis crosses the network between slices.
 
     Raises:
-      ConfigError: the mesh does not fit the number of devices, or data that of the slices.
+      ConfigError: the mesh does not fit the number of devices, or `data` that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
-    # Of GPUs, JAX numbers the hosts so, and any axis may cross those.
+    # On GPUs, slice_index is the host, and any axis may cross hosts.
     slices = len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"})
     if slices > 1:
         return _mesh_over_slices(sizes, slices, devices)
     shape = tuple(sizes.values())
     try:
         array = mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # an axis that is no product of the torus's dimensions
+    except NotImplementedError:  # an axis size is no product of the torus's dimensions
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -55,8 +55,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def _mesh_over_slices(sizes: dict[str, int], slices: int, devices: list[jax.Device]) -> Mesh:
     if sizes["data"] % slices:
         raise ConfigError(
-            f"mesh.data is {sizes['data']}; it must be a multiple of the {slices} slices, between "
-            "which only gradients pass"
+            f"mesh.data is {sizes['data']}; it must be a multiple of the {slices} slices, since "
+            "only the data axis crosses slices"
         )
     within = {axis: size // slices if axis == "data" else size for axis, size in sizes.items()}
     between = {axis: slices if axis == "data" else 1 for axis in sizes}
@@ -71,10 +71,10 @@ def _mesh_over_slices(sizes: dict[str, int], slices: int, devices: list[jax.Devi
 
 
 def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
-    """Every sharded dimension must divide over its mesh axes.
+    """Checks that every sharded dimension is a multiple of the size of its mesh axes.
 
     Raises:
-      ConfigError: names the first field that does not, and by what it must divide.
+      ConfigError: names the first field that is not, and the required multiple.
     """
     model = config.model
     microbatch = config.batch_size // config.accumulation_steps
@@ -90,7 +90,7 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
         if size % shards:
             product = " × ".join(f"mesh.{name}" for name in names)
             raise ConfigError(f"{field} is {size}; it must be a multiple of {product} = {shards}")
-    halves = 2 * sizes["context"]  # each shard holds an early and a late piece
+    halves = 2 * sizes["context"]  # zigzag: each shard holds an early and a late piece
     if halves > 2 and config.sequence_length % halves:
         raise ConfigError(
             f"sequence_length is {config.sequence_length}; it must be a multiple of 2 × "
@@ -101,8 +101,7 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 ) -> PartitionSpec:
-    """The spec of an array with these logical axes; an axis that does not divide stays whole, and
-    mesh axes of size 1 are not named."""
+    """The spec of an array with these logical axes, by `RULES`; omits mesh axes of size 1."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
@@ -113,9 +112,9 @@ def partition_spec(
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree of (abstract) arrays and `nnx.Variable`s, by their logical axes.
+    """Shardings for a tree of (abstract) arrays and `nnx.Variable`s, from their logical axes.
 
-    What names no axes, such as a step counter, is replicated.
+    Leaves without logical axes, such as a step counter, are replicated.
     """
 
     def of(leaf):
@@ -128,12 +127,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [batch, sequence, ...]."""
+    """The sharding of arrays [batch, sequence, ...]."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"] or None))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation's sharding on the current mesh (`jax.set_mesh`); without one, nothing."""
+    """Constrains an activation's sharding on the current mesh (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not any(name in mesh.shape for name in RULES["batch"]):
         return x
@@ -172,15 +171,15 @@ class OnMesh:
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """The rows of the global batch that this process's devices hold, in ascending order.
 
-    They are seldom consecutive: a mesh follows the chips' network, not the order of their hosts.
+    They are rarely consecutive: the mesh follows the chips' network, not the order of the hosts.
     """
-    shape = (batch_size, sharding.mesh.size)  # which any split of the sequence divides
+    shape = (batch_size, sharding.mesh.size)  # every sharding of the sequence divides mesh.size
     indices = sharding.addressable_devices_indices_map(shape)
     return np.unique([np.arange(batch_size)[index[0]] for index in indices.values()])
 
 
 def global_batch(sharding: NamedSharding, batch_size: int, batch: Any) -> Any:
-    """Arrays over all devices, [batch_size, ...], from this process's rows of them."""
+    """Global arrays [batch_size, ...] from a tree of this process's rows."""
     rows = local_rows(sharding, batch_size)
 
     def whole(x):

@@ -1,7 +1,7 @@
-"""Files on local disks and in object stores (`gs://`, `s3://`, `hf://`, ...), the latter by fsspec.
+"""Files on local disks and, through fsspec, in object stores (`gs://`, `s3://`, `hf://`, ...).
 
-Object stores have no appending, no renaming and no half-written objects: what a run appends to is
-kept on a local disk and copied whole from time to time.
+Object stores can neither append nor rename, and they never show a partly written object. Files that
+a run appends to are therefore written on a local disk and copied whole.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 
 
 def location(name: str | os.PathLike) -> pathlib.Path | UPath:
-    """The path that a name means: local, `file://` too, or an object store's URL.
+    """Parses a path or URL: a `pathlib.Path` for local files and `file://`, else a `UPath`.
 
     Raises:
-      ConfigError: nothing is installed that speaks the URL's protocol.
+      ConfigError: no installed package implements the URL's protocol.
     """
     if isinstance(name, UPath | pathlib.Path):
         return name
@@ -43,12 +43,12 @@ def location(name: str | os.PathLike) -> pathlib.Path | UPath:
 
 
 def is_remote(path: pathlib.Path | UPath) -> bool:
-    """Whether a path of `location` is in an object store."""
+    """Whether a path returned by `location` is in an object store."""
     return isinstance(path, UPath)
 
 
 def find(pattern: str) -> list[pathlib.Path | UPath]:
-    """The files that a glob pattern matches, in order."""
+    """The files that match a glob pattern, sorted by name."""
     if "://" not in pattern or pattern.startswith("file://"):
         found = sorted(glob.glob(pattern.removeprefix("file://"), recursive=True))
         return [path for path in map(pathlib.Path, found) if path.is_file()]
@@ -60,7 +60,7 @@ def find(pattern: str) -> list[pathlib.Path | UPath]:
 
 
 def file_sizes(directory: pathlib.Path | UPath) -> dict[str, int]:
-    """Bytes of each file of a directory, by name; of an object store in one request."""
+    """Size in bytes of each file in a directory, by name; one request for an object store."""
     if not is_remote(directory):
         return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
     found = directory.fs.ls(directory.path, detail=True)
@@ -68,7 +68,7 @@ def file_sizes(directory: pathlib.Path | UPath) -> dict[str, int]:
 
 
 def write_whole(path: pathlib.Path | UPath, content: str | bytes) -> None:
-    """Writes a file so that no reader ever finds a part of it; makes its directory."""
+    """Writes a file atomically, and creates its directory: no reader sees a part of it."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
         path.write_bytes(data)
@@ -83,7 +83,7 @@ def write_whole(path: pathlib.Path | UPath, content: str | bytes) -> None:
 
 
 def copy_tree(source: pathlib.Path, target: pathlib.Path | UPath) -> None:
-    """Copies the files below a local directory to `target`."""
+    """Copies all files in a local directory tree to `target`."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             write_whole(target / path.relative_to(source).as_posix(), path.read_bytes())
@@ -91,7 +91,7 @@ def copy_tree(source: pathlib.Path, target: pathlib.Path | UPath) -> None:
 
 @contextlib.contextmanager
 def local_scratch(path: pathlib.Path | UPath) -> Iterator[pathlib.Path]:
-    """A local directory: `path` itself, or for an object store one that is deleted at the end."""
+    """Yields a local directory: `path` itself, or for an object store a temporary one."""
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="gqe-jax-") as scratch:
             yield pathlib.Path(scratch)

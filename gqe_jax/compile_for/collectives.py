@@ -1,4 +1,4 @@
-"""What crosses between devices: of each collective its kind, its mesh axes and its bytes."""
+"""Finds a program's collectives: the kind, mesh axes and bytes of each."""
 
 import dataclasses
 import math
@@ -13,23 +13,23 @@ KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# On TPU a reduce-scatter is a fusion, so named, of an all-reduce and a slice of it.
+# On TPU a reduce-scatter is a fusion of this name, of an all-reduce and a slice.
 SCATTERED_SUM = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program.
+    """One collective of a program.
 
     Attributes:
       axes: the mesh axes along which the devices of a group differ.
-      group: positions in the mesh, flat, of one group's devices.
-      bytes: what one device sends in one run, by a ring: of n devices' array of b bytes, b (n - 1)
-        / n for all-gather (the whole), reduce-scatter (before) and all-to-all, twice that for
-        all-reduce, b for a permutation.
-      times: runs in one call.
-      between_slices: over the data-center network, on which XLA does the part of a collective that
-        leaves the slice, after and before parts of it inside.
+      group: flat mesh indices of one group's devices.
+      bytes: bytes that one device sends per execution of a ring algorithm over n devices: with b
+        the bytes of the full array, b (n - 1) / n for all-gather, reduce-scatter and all-to-all,
+        twice that for all-reduce, b for a permutation.
+      times: executions per call of the program.
+      between_slices: whether it uses the data-center network. XLA splits a collective over several
+        slices into a part on that network and parts within each slice.
     """
 
     kind: str
@@ -43,10 +43,10 @@ class Collective:
 def collectives(
     program: Program, mesh_shape: Mapping[str, int], num_slices: int = 1
 ) -> list[Collective]:
-    """All collectives of a program that was compiled for a mesh, whose first axis has the slices.
+    """All collectives of a program compiled for a mesh whose first axis spans the slices.
 
-    One that runs beside other work is written in each of the fusions it accompanies, as links of a
-    chain that has a number; it counts once.
+    An asynchronous collective appears in every fusion that it overlaps, with the same chain_id; it
+    is counted once.
     """
     found = []
     for computation, times in program.runs():
@@ -84,7 +84,7 @@ def _collective(x, scatters, group, mesh_shape, times) -> Collective:
     kind = x.opcode.removesuffix("-start")
     if scatters and kind == "all-reduce":
         kind = "reduce-scatter"
-    # What a start returns names the operands first; the largest array is the whole one.
+    # The result of a start includes its operands; the largest array is the full one.
     size = max(a.bytes for a in x.arrays) if x.opcode.endswith("-start") else x.bytes
     n = len(group)
     if x.opcode == "reduce-scatter":
@@ -95,7 +95,7 @@ def _collective(x, scatters, group, mesh_shape, times) -> Collective:
 
 
 def _between_slices(x, num_slices, times, mesh_shape) -> Collective:
-    """Of a send to libtpu's runtime for several slices, which names the collective that it is."""
+    """The collective that a send to libtpu's multi-slice runtime names in its attributes."""
     name = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)[1]
     kind, n = name.lower().replace("_", "-"), num_slices
     factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1}.get(kind, (n - 1) / n)
@@ -110,7 +110,7 @@ def _axes(group: tuple[int, ...], mesh_shape: Mapping[str, int]) -> tuple[str, .
 
 
 def _group(x: Instruction, num_devices: int) -> tuple[int, ...]:
-    """The first group; of a permutation, the first pair whose ends differ."""
+    """The first replica group; for a permutation the first pair of different devices."""
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", x.attributes)
     if pairs:
         found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
@@ -119,14 +119,14 @@ def _group(x: Instruction, num_devices: int) -> tuple[int, ...]:
 
 
 def replica_groups(attributes: str, num_devices: int) -> list[tuple[int, ...]]:
-    """The groups of a collective, in any of the ways in which XLA writes them.
+    """Parses the replica groups of a collective, in any of XLA's notations.
 
-    Lists, `{{0,1},{2,3}}`; iota, `[2,4]<=[4,2]T(1,0)`: the devices counted in the shape [4, 2],
-    transposed, and cut into 2 groups of 4; or a mesh and the axes of a group, `mesh['x'=4,'y'=2]
-    {'x'}`, which may name its devices as an iota. No groups at all mean one of all devices.
+    The notations are lists, `{{0,1},{2,3}}`; iota, `[2,4]<=[4,2]T(1,0)`: arange(8) of shape [4, 2],
+    transposed and reshaped to 2 groups of 4; and a mesh with the axes of a group,
+    `mesh['x'=4,'y'=2] {'x'}`, optionally with device_ids. No groups mean one group of all devices.
 
     Raises:
-      ValueError: the groups are written in another way.
+      ValueError: the notation is unknown.
     """
     text = attributes[attributes.find("replica_groups=") :].removeprefix("replica_groups=")
     if "replica_groups=" not in attributes or text.startswith("{}"):

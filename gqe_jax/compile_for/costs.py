@@ -1,4 +1,4 @@
-"""Floating-point operations and HBM traffic of a compiled program, loops counted as they run."""
+"""FLOPs and HBM traffic of a compiled program, with loop bodies counted once per iteration."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from gqe_jax.compile_for.collectives import KINDS, SCATTERED_SUM
 from gqe_jax.compile_for.hlo import Array, Instruction, Program
 
-# They name or pass on buffers, and move nothing.
+# Opcodes that only refer to buffers, without HBM traffic.
 _FREE = {
     *("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "call", "iota"),
     *("conditional", "after-all", "partition-id", "replica-id", "domain", "opt-barrier"),
@@ -21,12 +21,12 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one device and one call.
+    """Costs of one call on one device.
 
     Attributes:
-      product_flops: of the matrix products that XLA compiles.
-      kernel_flops: of the Pallas kernels, by name, as their cost estimates say.
-      hbm_bytes: read and written by every instruction; what stays in vector memory is left out.
+      product_flops: FLOPs of the matrix products that XLA compiles.
+      kernel_flops: FLOPs of the Pallas kernels by name, from their cost estimates.
+      hbm_bytes: bytes that all instructions read from and write to HBM, without vector memory.
     """
 
     product_flops: int
@@ -67,10 +67,10 @@ def _product_flops(program: Program, table: Mapping[str, Instruction], x: Instru
 
 
 def _convolution_flops(x: Instruction, image: Array, kernel: Array) -> int:
-    """2 for each multiply-add whose input is no padding.
+    """FLOPs of a convolution: 2 per multiply-add whose input is not padding.
 
-    On TPU a matrix product is a convolution, in which an axis that only one side has is a spatial
-    one: its window slides over padding alone but for one position.
+    On TPU a matrix product is a convolution. An axis that only one operand has is a spatial axis,
+    whose window covers padding except at one position.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
     image_axes, kernel_axes, out_axes = labels
@@ -86,7 +86,7 @@ def _convolution_flops(x: Instruction, image: Array, kernel: Array) -> int:
         def of(name: str, default: str, position: int = position) -> str:
             return fields[name].split("x")[position] if name in fields else default
 
-        flops *= _meetings(
+        flops *= _unpadded_pairs(
             image.shape[image_axes.index(axis)],
             kernel.shape[kernel_axes.index(axis)],
             out[out_axes.index(axis)],
@@ -99,8 +99,8 @@ def _convolution_flops(x: Instruction, image: Array, kernel: Array) -> int:
 
 
 @functools.cache
-def _meetings(size, window, out, *, stride, low, spread, dilation) -> int:
-    """Pairs of an output and a window position at which the input has a value."""
+def _unpadded_pairs(size, window, out, *, stride, low, spread, dilation) -> int:
+    """The number of (output, window position) pairs at which the input is not padding."""
     at = np.arange(out)[:, None] * stride + np.arange(window) * dilation - low
     return int(np.sum((at % spread == 0) & (at >= 0) & (at // spread < size)))
 
@@ -112,7 +112,7 @@ def _hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instructio
         source, slice_ = x.arrays[:2]
         return slice_.bytes * (source.in_hbm + slice_.in_hbm)
     if x.opcode.endswith(("-start", "-update")):
-        return x.hbm_bytes  # its result names source and destination
+        return x.hbm_bytes  # its result includes source and destination
     if x.opcode == "custom-call" and "AllocateBuffer" in x.attributes:
         return 0
     read = [table[name] for name in x.operands]
@@ -131,7 +131,7 @@ def _hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instructio
 
 
 def _read(program: Program, inner: Mapping[str, Instruction], position: int) -> int:
-    """Bytes that a fusion reads of a parameter: of one that it only slices, the slices'."""
+    """Bytes that a fusion reads of a parameter; for a parameter that it only slices, the slices."""
     parameter = next(
         x
         for x in inner.values()
@@ -156,11 +156,11 @@ def _read(program: Program, inner: Mapping[str, Instruction], position: int) -> 
 
 
 def _written(inner: Mapping[str, Instruction], fusion: Instruction) -> int:
-    """Bytes that a fusion writes to HBM: of a buffer that it updates in place, the update's."""
+    """Bytes that a fusion writes to HBM; for a buffer that it updates in place, the update."""
     root = next(x for x in inner.values() if x.is_root)
     parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     starts = (x for x in inner.values() if "AsyncCollectiveStart" in x.attributes)
-    total = sum(start.hbm_bytes for start in starts)  # what it gathers, and where to
+    total = sum(start.hbm_bytes for start in starts)  # source and destination
     if len(parts) != len(fusion.arrays):
         return total if _passes_on(root) else total + fusion.hbm_bytes
     for part, array in zip(parts, fusion.arrays, strict=True):
@@ -174,7 +174,7 @@ def _written(inner: Mapping[str, Instruction], fusion: Instruction) -> int:
 
 
 def _passes_on(x: Instruction) -> bool:
-    """A piece of a collective that runs beside other work; its bytes count with the collective."""
+    """Whether this is part of an asynchronous collective, whose bytes are counted at its start."""
     return (
         x.opcode in ("tuple", "get-tuple-element")
         or x.opcode in KINDS

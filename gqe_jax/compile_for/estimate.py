@@ -1,8 +1,8 @@
-"""A step's time from its compiled costs and the chip's published peaks: an estimate, not a measure.
+"""Estimates a step's time from its compiled costs and the chip's published peaks.
 
-Assumed: matrix units, HBM and links each run at their peak, and all at once, so that the slowest of
-them alone sets the pace; ring collectives, over the links that `Topology.links` counts. No chip
-reaches that. If nothing ran at once, the times would add up: `in_turn`.
+The estimate is a lower bound, not a measurement: matrix units, HBM and links all run at their peak
+and overlap fully, so that the slowest of them sets the time. Collectives use rings over the links
+that `Topology.links` returns. `serial` is the sum of the times, without any overlap.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from gqe_jax.compile_for.costs import Costs
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step by what they are spent on, and what follows from the longest.
+    """Seconds of one step per resource, and the throughput at full overlap.
 
     Attributes:
-      model_flop_utilisation: of the peak, what the model needs, causal attention halved and nothing
-        computed twice.
+      model_flop_utilisation: model FLOPs over peak FLOPs; causal attention counts half, recomputed
+        activations do not count.
     """
 
     compute: float
@@ -37,7 +37,7 @@ class Estimate:
         return max(self.compute, self.hbm, self.ici, self.dcn)
 
     @property
-    def in_turn(self) -> float:
+    def serial(self) -> float:
         return self.compute + self.hbm + self.ici + self.dcn
 
     @property
@@ -55,12 +55,14 @@ def estimate(
     tokens: int,
     model_flops: float,
 ) -> Estimate:
-    """The estimate of one step.
+    """Estimates one step.
 
     Args:
-      costs: of one device.
-      crossings: the collectives, each with the links over which a device sends.
-      tokens, model_flops: of the whole step, over all devices.
+      costs: the costs on one device.
+      crossings: the collectives, each with the number of links over which a device sends.
+      chip: the chip.
+      devices: number of devices.
+      tokens, model_flops: totals of the step over all devices.
     """
     ici = dcn = 0.0
     for collective, links in crossings:
@@ -85,6 +87,6 @@ def estimate(
 def with_links(
     collectives: Sequence[Collective], topology: Topology, mesh: Mesh
 ) -> list[tuple[Collective, int]]:
-    """Each collective with the links that its group's ring has."""
+    """Pairs each collective with the number of links in its group's ring."""
     flat = mesh.devices.flat
     return [(c, topology.links([flat[i] for i in c.group]) if c.group else 0) for c in collectives]

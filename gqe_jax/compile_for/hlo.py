@@ -1,7 +1,7 @@
-"""Reads a compiled program's text: its computations, and how often each of them runs.
+"""Parses a compiled program's text: its computations, and how often each of them runs.
 
-Costs are counted here, not by XLA's analysis, because that counts the body of a loop once and looks
-into no Pallas kernel.
+The costs are not taken from XLA's analysis, which counts a loop body once and ignores Pallas
+kernels.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Array:
     dtype: str
     shape: tuple[int, ...]
     in_hbm: bool
-    """Layouts name memory spaces: none or 0 is the HBM, 1 the vector memory."""
+    """From the layout's memory space: none or 0 is HBM, 1 is vector memory."""
 
     @functools.cached_property
     def bytes(self) -> int:
@@ -44,12 +44,12 @@ class Instruction:
     is_root: bool
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
+        """The name of the computation in an attribute such as `body`."""
         found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     def text(self, attribute: str) -> str | None:
-        """The value of an attribute that has neither spaces nor braces."""
+        """The value of an attribute, which has neither spaces nor braces."""
         found = re.search(rf"\b{attribute}=([^\s,{{}}]+)", self.attributes)
         return found[1] if found else None
 
@@ -64,15 +64,15 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each a table of its instructions in order."""
+    """Computations by name, each a mapping of its instructions in order."""
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
 
     def runs(self) -> Iterator[tuple[Mapping[str, Instruction], int]]:
-        """Every computation that the program runs instruction by instruction, and how often.
+        """Yields every computation outside fusions, with its number of executions.
 
-        Loops repeat their bodies; what is inside a fusion is the fusion's affair.
+        A loop's body is repeated by the loop's trip count.
         """
         yield from self._runs(self.entry, 1)
 
@@ -87,17 +87,17 @@ class Program:
                 called = instruction.called("to_apply") or instruction.called("calls")
                 yield from self._runs(called, times)
             elif instruction.opcode == "conditional":
-                # Which branch is taken is not known: each counts, at most too much.
+                # The branch is unknown: count all of them, an upper bound.
                 for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.attributes)):
                     yield from self._runs(branch, times)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs: XLA's note where there is one, else its condition's constant.
+        """Iterations of a `while`, from XLA's known_trip_count or the constant in its condition.
 
-        `jax.lax.scan` counts up from 0 while less than a constant.
+        The loop of `jax.lax.scan` counts from 0 while below a constant.
 
         Raises:
-          ValueError: the condition compares with no constant.
+          ValueError: the condition has no constant.
         """
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
@@ -107,7 +107,7 @@ class Program:
             if instruction.opcode == "constant" and instruction.arrays[0].dtype in ("s32", "u32"):
                 return int(re.match(r"\((\d+)\)", instruction.attributes)[1])
         raise ValueError(
-            f"the loop {loop.name} has no trip count, and its condition no constant to take it from"
+            f"the loop {loop.name} has no known_trip_count, and its condition has no constant"
         )
 
 
@@ -119,7 +119,7 @@ def _branches(attributes: str) -> str:
 
 
 def parse(text: str) -> Program:
-    """The program of `jax.stages.Compiled.as_text()`.
+    """Parses the text of `jax.stages.Compiled.as_text()`.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -146,7 +146,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     start = opcode.end() - 1
     end = _closing(rest, start)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:end]))
-    # A constant's value and a parameter's number stand where operands would.
+    # A constant's value and a parameter's index are in the place of the operands.
     attributes = rest[start:] if opcode[1] in ("constant", "parameter") else rest[end:]
     return Instruction(name, opcode[1], tuple(_arrays(result)), operands, attributes, is_root)
 
@@ -159,7 +159,7 @@ def _arrays(result: str) -> Iterator[Array]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position after the bracket that closes the one at `start`."""
+    """The position after the closing bracket of the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)

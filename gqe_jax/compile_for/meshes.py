@@ -1,4 +1,4 @@
-"""Tries shapes of the mesh and ranks them by the estimate."""
+"""Compiles for several mesh shapes and ranks them by estimated time."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,15 @@ from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.model.transformer import count_parameters
 from gqe_jax.sharding import check_divides
 
-# Parameters, gradients and two moments, in float32.
+# Bytes per parameter: parameter, gradient and two Adam moments, in float32.
 _STATE_BYTES = 16
 
 
 def shapes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
-    """The meshes that the configuration divides over and whose state fits, the least split first.
+    """Yields the meshes that divide the configuration and hold its state, least sharded first.
 
-    Copies need to exchange only gradients, shards of the state their weights as well, shards of the
-    sequence their keys and values too, and tensor parallelism activations; so the cheaper kinds
-    come first.
+    The order is that of the communication: data parallelism exchanges gradients, FSDP also weights,
+    context parallelism also keys and values, and tensor parallelism activations.
     """
     devices = len(topology.devices)
     num_parameters = count_parameters(config.model)
@@ -42,7 +41,7 @@ def shapes(config: RunConfig, topology: Topology) -> Iterator[MeshConfig]:
 def sweep(
     config: RunConfig, topology: Topology, step: Step, most: int
 ) -> list[tuple[MeshConfig, Compiled | None]]:
-    """Compiles for up to `most` shapes; the fastest first, and None for those that do not fit."""
+    """Compiles for up to `most` meshes; returns the fastest first, with None if it does not fit."""
     tried = []
     for mesh, _ in zip(shapes(config, topology), range(most), strict=False):
         print(f"compiling for {mesh.sizes}", file=sys.stderr, flush=True)
@@ -55,7 +54,7 @@ def sweep(
 
 
 def table(tried: list[tuple[MeshConfig, Compiled | None]]) -> str:
-    """The ranking as text."""
+    """The ranking as a text table."""
     lines = [f"{'mesh':<40}{'peak HBM':>12}{'step':>10}{'MFU':>8}  bound by"]
     for mesh, compiled in tried:
         name = ", ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())

@@ -1,4 +1,4 @@
-"""A compiled step as text and as JSON-ready values."""
+"""Formats a compiled step as text and as JSON-serialisable values."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from gqe_jax.compile_for.program import Compiled
 
 
 def traffic(crossing: tuple[Collective, ...]) -> dict[tuple[str, str], float]:
-    """Bytes that a device sends, by kind and mesh axes; between slices the axes say so."""
+    """Bytes that a device sends, by collective kind and mesh axes, the largest first."""
     sums = collections.defaultdict(float)
     for each in crossing:
         axes = " × ".join(each.axes) + (" between slices" if each.between_slices else "")
@@ -20,7 +20,7 @@ def traffic(crossing: tuple[Collective, ...]) -> dict[tuple[str, str], float]:
 
 
 def as_text(compiled: Compiled) -> str:
-    """What `--compile-for` prints."""
+    """The report that `--compile-for` prints."""
     topology, memory, costs, guess = (
         compiled.topology,
         compiled.memory,
@@ -35,7 +35,7 @@ def as_text(compiled: Compiled) -> str:
         f"{compiled.step} step for {slices}{topology.name}, {len(topology.devices)} devices "
         f"({axes}), compiled in {compiled.compile_seconds:.0f} s",
         f"{compiled.num_parameters:,} parameters; {config.batch_size} sequences of "
-        f"{config.sequence_length} a step, in {config.accumulation_steps} parts; "
+        f"{config.sequence_length} per step, in {config.accumulation_steps} microbatches; "
         f"remat {config.model.remat}",
         "On each device:",
         f"  {'parameters':<20} {_bytes(memory.parameters)}",
@@ -52,10 +52,10 @@ def as_text(compiled: Compiled) -> str:
     for (kind, names), sent in traffic(compiled.collectives).items():
         lines.append(f"  {kind:<20} {_scaled(sent)}B sent over {names}")
     lines += [
-        "Estimate (of the compiled costs at published peaks, all at once; not a measurement):",
+        "Estimate (compiled costs at published peaks, fully overlapped; not a measurement):",
         f"  compute {_time(guess.compute)}, HBM {_time(guess.hbm)}, ICI {_time(guess.ici)}, "
-        f"DCN {_time(guess.dcn)}; one after the other {_time(guess.in_turn)}",
-        f"  at best {_time(guess.seconds)} a step, bound by {guess.bound_by}: "
+        f"DCN {_time(guess.dcn)}; without overlap {_time(guess.serial)}",
+        f"  at best {_time(guess.seconds)} per step, bound by {guess.bound_by}: "
         f"{guess.tokens_per_second:,.0f} tokens/s, model FLOP utilisation "
         f"{guess.model_flop_utilisation:.1%}",
     ]
@@ -77,7 +77,7 @@ def _time(seconds: float) -> str:
 
 
 def as_json(compiled: Compiled) -> dict[str, Any]:
-    """What `--json` writes; bytes, FLOPs and seconds."""
+    """The content of `--json`, in bytes, FLOPs and seconds."""
     guess = compiled.estimate
     return {
         "topology": compiled.topology.name,
@@ -103,7 +103,7 @@ def as_json(compiled: Compiled) -> dict[str, Any]:
         "estimate": {
             **dataclasses.asdict(guess),
             "seconds": guess.seconds,
-            "in_turn": guess.in_turn,
+            "in_turn": guess.serial,
             "bound_by": guess.bound_by,
         },
         "compile_seconds": compiled.compile_seconds,

@@ -1,4 +1,4 @@
-"""Corpora of tokens: preparing them, reading them, and the order in which training sees them."""
+"""Token corpora: preparing and reading them, and the order in which training visits them."""
 
 from gqe_jax.data.batch import Batch
 from gqe_jax.data.corpus import Corpus, Split

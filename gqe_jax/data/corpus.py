@@ -1,8 +1,8 @@
-"""A prepared corpus: shards of one flat stream of tokens for each split, and a manifest.
+"""A prepared corpus: a manifest, and for each split one flat stream of tokens in shards.
 
-`manifest.json` names the tokenizer and, for each split, its shards with their lengths and SHA-256.
-A shard is the tokens in little-endian uint16 or uint32 and nothing else: read by memory map, and
-from an object store by ranges, as many at once as a batch has rows.
+`manifest.json` names the tokenizer and lists each split's shards with their lengths and SHA-256
+checksums. A shard holds little-endian uint16 or uint32 tokens and no header. Local shards are
+memory-mapped; from an object store the rows of a batch are fetched concurrently, as byte ranges.
 """
 
 import bisect
@@ -32,7 +32,7 @@ SPLITS = ("train", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class ShardInfo:
-    """One file of tokens."""
+    """Name, length and checksum of one shard file."""
 
     file: str
     num_tokens: int
@@ -41,7 +41,7 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Counts of one split; bytes are those of the text in UTF-8, without ends of documents."""
+    """Sizes of one split; `num_bytes` is UTF-8 text without the end-of-document tokens."""
 
     num_tokens: int
     num_documents: int
@@ -52,7 +52,7 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     tokenizer: str
     vocab_size: int
@@ -62,25 +62,25 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else uint32; little-endian."""
+    """The dtype of a shard: uint16 if every token id fits, else uint32; little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Of a file's content."""
+    """The SHA-256 of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, which becomes `directory` at the end, or leaves nothing behind.
+    """Yields a temporary directory that is renamed to `directory` on success, deleted on failure.
 
-    An object store renames nothing: there it is `directory` itself that is written to, and what is
-    written last says that it is whole, as `manifest.json` does.
+    Object stores cannot rename, so there the caller writes to `directory` itself and must write
+    last the file that marks it as complete, such as `manifest.json`.
 
     Raises:
-      DataError: `directory` is already there.
+      DataError: `directory` already exists.
     """
     if directory.exists() and (not is_remote(directory) or any(directory.iterdir())):
         raise DataError(f"output {directory} exists; name a new directory, or delete it")
@@ -111,7 +111,7 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
-      DataError: there is none, or it is not of this format.
+      DataError: the file is missing, damaged or of another format.
     """
     path = directory / MANIFEST
     try:
@@ -136,14 +136,14 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
 
 
 class Split:
-    """The flat stream of one split's tokens.
+    """One split's tokens as a flat stream.
 
     Args:
-      directory: of the corpus.
+      directory: the corpus directory.
       name: `train` or `validation`.
-      manifest: of the corpus.
-      verify: compare the shards' checksums, not only their sizes. Never of an object store, which
-        keeps checksums of its own, and from which every host would read the whole corpus.
+      manifest: the corpus's manifest.
+      verify: compare the shards' checksums as well as their sizes. Ignored for an object store,
+        which keeps its own checksums; every host would have to download the whole corpus.
 
     Raises:
       DataError: the split is empty, or a shard is missing, truncated or altered.
@@ -183,11 +183,11 @@ class Split:
         return self.info.num_tokens
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of the stream, int32; fewer at its end."""
+        """Tokens `start` to `start + length`, int32; fewer at the end of the split."""
         return self.read_many([start], length)[0]
 
     def read_many(self, starts: Sequence[int], length: int) -> list[np.ndarray]:
-        """As `read` of each start; from an object store, all at once."""
+        """Reads `length` tokens from each start; from an object store concurrently."""
         pieces = [self._pieces(int(start), length) for start in starts]
         read = iter(self._read_pieces(list(itertools.chain(*pieces))))
         rows = [list(itertools.islice(read, len(piece))) for piece in pieces]
@@ -195,7 +195,7 @@ class Split:
         return [np.concatenate(row, dtype=np.int32) if row else empty for row in rows]
 
     def _pieces(self, start: int, length: int) -> list[tuple[int, int, int]]:
-        """Of each shard that has some of the tokens: its number, and where they are in it."""
+        """(shard number, start, stop within the shard) for each shard that the range touches."""
         stop = min(start + length, len(self))
         pieces = []
         index = bisect.bisect_right(self._starts, start) - 1
@@ -217,12 +217,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """An opened corpus."""
+    """An open corpus."""
 
     directory: pathlib.Path
     manifest: Manifest
     fingerprint: str
-    """Of the manifest, and so, by its checksums, of every token."""
+    """Hash of the manifest; it covers every token, since the manifest holds the checksums."""
     train: Split
     validation: Split
 
@@ -240,16 +240,16 @@ class Corpus:
         return cls(directory, manifest, fingerprint, *splits)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was made with."""
+        """The tokenizer that the corpus was prepared with."""
         if self.manifest.tokenizer == BYTE:
             return load_tokenizer(BYTE)
         return load_tokenizer(self.directory / TOKENIZER_FILE)
 
     def check(self, *, vocab_size: int, sequence_length: int) -> None:
-        """Whether a model can be trained on it.
+        """Checks that a model of this vocabulary can be trained on windows of this length.
 
         Raises:
-          DataError: a token id is beyond the vocabulary, or a split is shorter than one window.
+          DataError: a token id exceeds the vocabulary, or a split is shorter than one window.
         """
         for split in (self.train, self.validation):
             if split.info.max_token >= vocab_size:
@@ -261,6 +261,6 @@ class Corpus:
             if len(split) < sequence_length + 1:
                 raise DataError(
                     f"sequence_length is {sequence_length}; the {split.name} split of "
-                    f"{self.directory} has only {len(split)} tokens: a window takes one more than "
-                    "sequence_length"
+                    f"{self.directory} has only {len(split)} tokens; a window needs "
+                    "sequence_length + 1"
                 )

@@ -15,15 +15,15 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
 def read_documents(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, float]]:
-    """The documents of a file, each with the share of the file that is read by then.
+    """Yields each document of a file with the fraction of the file read so far.
 
     Args:
-      path: Parquet (.parquet) and JSON lines (.jsonl, .json, .ndjson) hold a document a row; any
-        other file is one document of UTF-8 text. All but Parquet may also end in .gz or .zst.
+      path: Parquet (.parquet) and JSON lines (.jsonl, .json, .ndjson) hold one document per row;
+        any other file is one document of UTF-8 text. All but Parquet may also end in .gz or .zst.
       text_field: the column or key that holds the text.
 
     Raises:
-      DataError: the file is not of its format, or a row has no text; names file and row.
+      DataError: the file is not of its format, or a row has no text; names the file and the row.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = _COMPRESSION.get(suffixes[-1]) if suffixes else None
@@ -46,7 +46,7 @@ def read_documents(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, f
 def _open(
     path: pathlib.Path, compression: str | None
 ) -> tuple[io.BufferedReader, pyarrow.NativeFile]:
-    """The decompressed stream, and the file below it, whose position tells the progress."""
+    """The decompressed stream, and the underlying file, whose position measures progress."""
     raw = pyarrow.PythonFile(path.open("rb")) if is_remote(path) else pyarrow.OSFile(str(path))
     stream = raw if compression is None else pyarrow.CompressedInputStream(raw, compression)
     return io.BufferedReader(stream, buffer_size=1 << 20), raw

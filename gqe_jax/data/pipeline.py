@@ -1,8 +1,8 @@
-"""What each step reads: a pure function of seed and step, run ahead in Grain's threads.
+"""The batch of each step, a pure function of seed and step; Grain's threads read ahead.
 
-Window i of a split is tokens i · sequence_length to (i + 1) · sequence_length, and the token behind
-them. Row r of step s is number s · batch_size + r of an endless sequence of epochs, each a
-permutation of the windows. A process reads only its own rows, and no state is needed to resume.
+Window i of a split is tokens i · sequence_length to (i + 1) · sequence_length, plus the following
+token as the last target. Row r of step s is element s · batch_size + r of an endless sequence of
+epochs, each a permutation of the windows. A process reads its own rows only, and no state is saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,21 +17,21 @@ from gqe_jax.data.corpus import Split
 
 
 def num_windows(split: Split, sequence_length: int) -> int:
-    """Whole windows: each needs one token more than it feeds."""
+    """The number of whole windows; a window needs sequence_length + 1 tokens."""
     return (len(split) - 1) // sequence_length
 
 
 def window_indices(
     step: int, rows: slice | Sequence[int], *, batch_size: int, windows: int, seed: int
 ) -> np.ndarray:
-    """The windows that rows `rows` of step `step` train on.
+    """Indices of the windows in rows `rows` of step `step`, int64.
 
     Args:
-      step: counted from 0.
-      rows: of the global batch.
-      batch_size: rows of the global batch.
-      windows: how many the split has.
-      seed: of the order.
+      step: the step, counted from 0.
+      rows: rows of the global batch.
+      batch_size: size of the global batch.
+      windows: number of windows in the split.
+      seed: seed of the permutations.
     """
     chosen = range(batch_size)[rows] if isinstance(rows, slice) else rows
     numbers = [step * batch_size + int(row) for row in chosen]
@@ -47,9 +47,9 @@ def _window(number: int, windows: int, seed: int) -> int:
 def read_windows(
     split: Split, windows: np.ndarray, sequence_length: int, document_masking: bool
 ) -> Batch:
-    """The batch of these windows; what lies beyond the split's end is padding.
+    """The batch of these windows; positions past the end of the split are padding.
 
-    Document masking numbers the documents of a window from 1; padding is segment 0.
+    With document masking, the documents of a window are segments 1, 2, …; padding is segment 0.
     """
     tokens = np.zeros((len(windows), sequence_length + 1), np.int32)
     weights = np.zeros((len(windows), sequence_length), np.float32)
@@ -76,7 +76,7 @@ def training_batches(
     sequence_length: int,
     seed: int,
 ) -> Iterator[Batch]:
-    """The rows `rows` of the batches of steps `start` to `stop`, as NumPy arrays."""
+    """Yields rows `rows` of the batches of steps `start` to `stop`, as NumPy arrays."""
     windows = num_windows(split, sequence_length)
 
     def batch(step: int) -> Batch:
@@ -95,12 +95,12 @@ def evaluation_batches(
     sequence_length: int,
     limit: int | None = None,
 ) -> tuple[int, Iterator[Batch]]:
-    """How many batches there are, and the rows `rows` of each.
+    """The number of batches, and an iterator over rows `rows` of each.
 
-    The split in its order, every token but the first predicted once; the last batch is padded.
+    Windows come in order; every token but the first is predicted once. The last batch is padded.
 
     Args:
-      limit: the most batches; None: all.
+      limit: maximum number of batches; None: no limit.
     """
     windows = -(-(len(split) - 1) // sequence_length)
     count = -(-windows // batch_size)

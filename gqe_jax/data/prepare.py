@@ -1,9 +1,9 @@
-"""Tokenises text, JSON lines or Parquet into a corpus to train on.
+"""Tokenises text, JSON lines or Parquet files into a corpus for training.
 
     python -m gqe_jax.data.prepare --input 'texts/*.jsonl.zst' --tokenizer byte --output corpus
 
-Documents keep their order, each followed by the end-of-document token. The result depends on the
-input, the tokenizer and the shard size alone, not on the number of processes.
+Documents keep their order, and each is followed by the end-of-document token. The result depends
+only on the input, the tokenizer and the shard size, not on the number of processes.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import find, location, write_whole
 
-_TASK_BYTES = 64 << 20  # small input files are taken together up to here
+_TASK_BYTES = 64 << 20  # small input files are grouped into tasks of this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +34,22 @@ class PrepareConfig:
     """Tokenise files into a corpus."""
 
     input: tuple[str, ...]
-    """Files or glob patterns (quote them), local or of an object store (gs://, s3://, hf://): .txt
-    and other text, .jsonl, each also .gz or .zst, .parquet."""
+    """Files or quoted glob patterns, local or in an object store (gs://, s3://, hf://): .parquet,
+    .jsonl, or any other text; all but Parquet also with .gz or .zst."""
     output: str
     """Directory to create, local or in an object store."""
     tokenizer: str = BYTE
     """`byte`, or the path of a tokenizer.json."""
     end_of_document: str | None = None
-    """Special token that ends a document; None: the tokenizer's usual one."""
+    """Special token that ends a document; None: a common one that the tokenizer has."""
     text_field: str = "text"
     """Column or key that holds the text in Parquet and JSON lines."""
     validation_fraction: float = 0.005
-    """Share of the documents held out, picked by a hash of their text."""
+    """Fraction of the documents to hold out, selected by a hash of their text."""
     shard_tokens: int = 1 << 28
-    """Most tokens in a shard."""
+    """Maximum number of tokens in a shard."""
     processes: int = os.cpu_count() or 1
-    """Worker processes."""
+    """Number of worker processes."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -62,7 +62,7 @@ class PrepareConfig:
 
 
 def choose_split(text: str, validation_fraction: float) -> str:
-    """By a hash of the text: the same document always lands in the same split."""
+    """The split of a document by a hash of its text, so that duplicates share a split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest) < validation_fraction * 2.0**64 else "train"
 
@@ -78,7 +78,7 @@ def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
 
 
 def _group(paths: list[pathlib.Path]) -> list[list[pathlib.Path]]:
-    """Consecutive files, taken together until they are worth a task."""
+    """Consecutive files, grouped into tasks of at least `_TASK_BYTES`."""
     tasks, size = [[]], 0
     for path in paths:
         if size >= _TASK_BYTES:
@@ -124,7 +124,7 @@ def _run_task(
 
 
 def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
-    """Writes the corpus; an interrupted or failed run leaves nothing behind.
+    """Writes the corpus and returns its manifest; an interrupted or failed run leaves no output.
 
     Raises:
       DataError: the input matches nothing, the input or the tokenizer cannot be read, the output

@@ -1,4 +1,4 @@
-"""Writes tokenised documents into the shards of a corpus."""
+"""Writes tokenised documents to the shards of a corpus."""
 
 import hashlib
 import itertools
@@ -12,7 +12,7 @@ from gqe_jax.data.corpus import SPLITS, Manifest, ShardInfo, SplitInfo, token_dt
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer
 from gqe_jax.storage import is_remote
 
-_ENCODE_BYTES = 1 << 20  # text handed to the tokenizer at once
+_ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
 
 
 class ShardWriter:
@@ -27,7 +27,7 @@ class ShardWriter:
         self._max_token = 0
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Appends a document; its last token is the end of it."""
+        """Appends a document of `num_bytes` UTF-8 bytes, whose last token is end-of-document."""
         self._documents += 1
         self._bytes += num_bytes
         self._max_token = max(self._max_token, int(tokens.max()))
@@ -55,7 +55,7 @@ class ShardWriter:
         self._file = None
 
     def close(self) -> SplitInfo:
-        """Ends the last shard; what was written."""
+        """Closes the last shard and returns the split's sizes and shards."""
         self._finish_shard()
         tokens = sum(shard.num_tokens for shard in self._shards)
         return SplitInfo(tokens, self._documents, self._bytes, self._max_token, tuple(self._shards))
@@ -68,7 +68,7 @@ def write_documents(
     tokenizer: Tokenizer,
     shard_tokens: int,
 ) -> dict[str, SplitInfo]:
-    """Tokenises (split, text) pairs into shards `SPLIT-NAME-NNN.bin` of `directory`."""
+    """Tokenises (split, text) pairs into shards `SPLIT-NAME-NNN.bin` in `directory`."""
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {
         split: ShardWriter(directory, f"{split}-{name}", dtype, shard_tokens) for split in SPLITS
@@ -95,7 +95,7 @@ def _parts(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str
 
 
 def merge_splits(parts: list[dict[str, SplitInfo]]) -> dict[str, SplitInfo]:
-    """The splits of a corpus from those of its tasks, in their order."""
+    """Concatenates the splits of all tasks, in the order of the tasks."""
     merged = {}
     for split in SPLITS:
         infos = [part[split] for part in parts]

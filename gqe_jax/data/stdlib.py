@@ -1,4 +1,4 @@
-"""The default corpus: the source text of the Python standard library on this machine, as bytes."""
+"""The default corpus: the installed Python standard library's source, one token per byte."""
 
 import hashlib
 import os
@@ -16,13 +16,13 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 
 
 def cache_directory() -> pathlib.Path:
-    """Where corpora made on first use are kept: `$XDG_CACHE_HOME/gqe_jax`."""
+    """The directory of corpora made on first use: `$XDG_CACHE_HOME/gqe_jax`."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "gqe_jax"
 
 
 def stdlib_documents() -> Iterator[tuple[str, str, str]]:
-    """(path, split, text) of each source file; a hash of the path holds out a tenth."""
+    """Yields (path, split, text) of each source file; a hash of the path holds out a tenth."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -37,7 +37,7 @@ def stdlib_documents() -> Iterator[tuple[str, str, str]]:
 
 
 def prepare_stdlib() -> pathlib.Path:
-    """The corpus in the cache, made now if it is not there; another text is another corpus."""
+    """The corpus's cache directory, named by a hash of the text; written if it does not exist."""
     documents = list(stdlib_documents())
     digest = hashlib.sha256()
     for path, _, text in documents:
@@ -51,15 +51,15 @@ def prepare_stdlib() -> pathlib.Path:
                 splits = write_documents(partial, BYTE, texts, tokenizer, 1 << 28)
                 write_manifest(partial, make_manifest(BYTE, tokenizer, splits))
         except (DataError, OSError):
-            if not directory.exists():  # else another process made the same one meanwhile
+            if not directory.exists():  # otherwise another process wrote the same corpus first
                 raise
     return directory
 
 
 def open_corpus(name: str, *, verify: bool = True) -> Corpus:
-    """`stdlib`, or a directory written by `python -m gqe_jax.data.prepare`.
+    """Opens `stdlib`, or a directory written by `python -m gqe_jax.data.prepare`.
 
     Raises:
-      DataError: there is no such corpus, or it is damaged.
+      DataError: the corpus does not exist or is damaged.
     """
     return Corpus.open(prepare_stdlib() if name == STDLIB else name, verify=verify)

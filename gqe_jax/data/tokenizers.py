@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
+"""Tokenizers: UTF-8 bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
 import pathlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endâ
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Maps text to token ids and back."""
 
     vocab_size: int
     end_of_document: int
@@ -26,33 +26,33 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens. Id 255 ends a document: no UTF-8 text contains that byte."""
+    """Uses UTF-8 bytes as tokens; id 255, which UTF-8 never contains, ends a document."""
 
     vocab_size = 256
     end_of_document = 255
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of bytes a text."""
+        """One uint8 array per text."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text; incomplete characters become U+FFFD, ends of documents vanish."""
+        """The text; incomplete characters become U+FFFD, end-of-document tokens are dropped."""
         return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
 
 
 class FileTokenizer:
-    """A `tokenizer.json`.
+    """Uses a `tokenizer.json`.
 
     Args:
       path: the file.
-      end_of_document: the special token that ends a document; None: the usual one it contains.
+      end_of_document: the token that ends a document; None: the first known of `_END_OF_DOCUMENT`.
 
     Raises:
       DataError: the file is no tokenizer, or has no such token.
     """
 
     def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
-        import tokenizers  # the byte tokenizer does without
+        import tokenizers  # not needed for bytes
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ class FileTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of ids a text, without special tokens."""
+        """One uint32 array of ids per text, without special tokens."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -83,7 +83,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None) -> Tokenizer:
-    """`byte`, or the tokenizer in a file.
+    """Loads `byte` or a tokenizer.json.
 
     Raises:
       DataError: there is no such file, or it is no tokenizer.

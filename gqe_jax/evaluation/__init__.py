@@ -1,4 +1,4 @@
-"""Evaluation of trained models, and the baseline they must beat."""
+"""Evaluation of trained models, and a trigram baseline."""
 
 from gqe_jax.evaluation.perplexity import HeldOut, evaluate
 

@@ -1,8 +1,8 @@
-"""A model as EleutherAI's lm-evaluation-harness asks it questions; needs the extra `eval`.
+"""The model interface of EleutherAI's lm-evaluation-harness; needs the extra `eval`.
 
-Requests are sorted by length into batches of few shapes: the length of a batch is a power of two.
-Every process is given the same requests and computes its rows of each batch, so the harness takes
-this for one process.
+Requests are sorted by length and batched with lengths rounded up to powers of two, so that few
+shapes are compiled. Every process receives all requests and computes its rows of each batch; to the
+harness the job looks like one process.
 """
 
 import functools
@@ -36,20 +36,20 @@ def continuation_scores(
     targets: Int[Array, "batch length"],
     counts: Bool[Array, "batch length"],
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
-    """Summed log-likelihood of the targets that count, and whether each is the most probable."""
+    """Log-likelihood of each row's targets where `counts`, and whether all of them are greedy."""
     hidden, _, _ = model(tokens)
     sums, misses = chunked_scores(hidden, model.logit_table, targets, counts)
     return sums, misses == 0
 
 
 class HarnessModel(TemplateLM):
-    """What the harness calls.
+    """The harness's interface to a run.
 
     Args:
       run: the model, its mesh and tokenizer.
-      batch_size: rows at once, over all devices; rounded up to what the mesh shares out.
-      max_length: tokens of context and continuation together; a context is cut from the left, a
-        continuation never. What is generated may go beyond.
+      batch_size: rows per batch over all devices; rounded up to a multiple of the batch shards.
+      max_length: maximum tokens of context and continuation; contexts are truncated on the left,
+        continuations never. Generated text may exceed it.
     """
 
     def __init__(self, run: RestoredRun, *, batch_size: int, max_length: int):
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a document, and stands before one."""
+        """The end-of-document token, which also precedes a document."""
         return self._text_tokenizer.end_of_document
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         return Generator(self._run.model, self._mesh)
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Token ids, never with special tokens."""
+        """Token ids without special tokens."""
         return self._text_tokenizer.encode_batch([string])[0].tolist()
 
     def _loglikelihood_tokens(
@@ -89,7 +89,8 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         sequences = []
         for _, context, continuation in requests:
-            context = context or [self.prefix_token_id]  # spaces alone moved to the continuation
+            # The harness moves trailing spaces to the continuation, which may empty the context.
+            context = context or [self.prefix_token_id]
             kept = max(self.max_length + 1, len(continuation) + 1)
             sequences.append(((context + continuation)[-kept:], len(continuation)))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
@@ -107,7 +108,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of `max_length` that predict each token once."""
+        """Log-likelihood of whole texts; windows of `max_length` predict each token once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -141,7 +142,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generate(self, rows, contexts, options, texts) -> None:
-        padded = rows + rows[-1:] * (self._batch_size - len(rows))  # no shape of its own
+        padded = rows + rows[-1:] * (self._batch_size - len(rows))  # the same shape for all batches
         pieces = stream_text(
             self._generator,
             self._text_tokenizer,
@@ -170,7 +171,7 @@ def _sampling(options: dict) -> Sampling:
 
 
 def _batches(lengths: Sequence[int], batch_size: int):
-    """(padded length, indices) of batches, the longest first."""
+    """Yields (padded length, request indices) per batch, the longest first."""
     padded = [max(_SHORTEST, 1 << (length - 1).bit_length()) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for length, group in itertools.groupby(order, key=lambda i: padded[i]):
@@ -179,7 +180,7 @@ def _batches(lengths: Sequence[int], batch_size: int):
 
 
 def _pad(sequences: Sequence[tuple[list[int], int]], batch_size: int, length: int):
-    """Inputs, targets and which targets count, [batch_size, length], padded to the right."""
+    """Inputs, targets and the mask of scored targets, [batch_size, length], right-padded."""
     tokens, targets = (np.zeros((batch_size, length), np.int32) for _ in range(2))
     counts = np.zeros((batch_size, length), bool)
     for row, (sequence, scored) in enumerate(sequences):

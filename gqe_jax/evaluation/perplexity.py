@@ -1,4 +1,4 @@
-"""Loss on held-out text: nats a token, perplexity, bits a byte."""
+"""Loss on held-out text: nats per token, perplexity, bits per byte."""
 
 import dataclasses
 import math
@@ -18,19 +18,19 @@ from gqe_jax.training.steps import Steps
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Result of an evaluation."""
+    """The result of an evaluation."""
 
     loss: float
-    """Mean cross-entropy of a token, nats."""
+    """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
-    """Of the text in UTF-8; the tokens that end documents cost bits and count no bytes."""
+    """Bits per byte of UTF-8 text; end-of-document tokens add bits but no bytes."""
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
 
     @classmethod
     def of(cls, nats: float, tokens: float, split: Split) -> "HeldOut":
-        """From sums over tokens of `split`, or of a part of it, of as many bytes a token."""
+        """From the summed loss of `tokens` tokens of `split`, at its mean bytes per token."""
         loss = nats / tokens
         bytes_per_token = split.info.num_bytes / split.info.num_tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -49,18 +49,17 @@ def evaluate(
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> HeldOut | None:
-    """Scores consecutive windows of a split.
+    """The loss on consecutive windows of a split.
 
     Args:
       steps: the compiled functions.
       params: the model's parameters on the mesh of `steps`.
-      split: what is scored; each token but the first is predicted once, from the start of its
-        window on.
-      config: how it is read.
-      batch_size, sequence_length: of a batch over all devices.
-      limit: the most batches; None: all.
-      progress: show a bar if the error stream is a terminal.
-      stop: asked before each batch; True ends the evaluation without a result.
+      split: the text; each token but the first is predicted once, from its window's earlier tokens.
+      config: options for reading the split.
+      batch_size, sequence_length: the shape of a batch over all devices.
+      limit: maximum number of batches; None: no limit.
+      progress: show a progress bar if stderr is a terminal.
+      stop: called before each batch; True ends the evaluation, which then returns None.
     """
     sharding = batch_sharding(steps.mesh)
     count, batches = evaluation_batches(

@@ -18,31 +18,31 @@ from gqe_jax.runs import restore_run
 
 _BATCH_SIZE = 32
 
-# Of a task's metrics, the one that stands for it. `acc_norm` divides the log-likelihood of an
-# answer by its length in characters; HellaSwag, PIQA and ARC-Easy all have it.
+# A task's primary metric is the first of these that it has. `acc_norm` divides an answer's
+# log-likelihood by its length in characters; HellaSwag, PIQA and ARC-Easy have it.
 PRIMARY = ("acc_norm", "acc", "exact_match")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one task between two runs, over the same examples."""
+    """The difference between two runs on one task, over the same examples."""
 
     task: str
     metric: str
     first: float
     second: float
     stderr: float
-    """Of `second - first`: the standard deviation of the examples' differences over √n."""
+    """Standard error of `second - first`: the per-example differences' deviation over √n."""
     p_value: float
-    """Two-sided, of a paired t-test; for the mean over tasks, of a normal distribution."""
+    """Two-sided p-value of a paired t-test; for the mean over tasks, of a z-test."""
 
 
 def evaluate_tasks(config: EvalConfig) -> str:
     """Scores the runs, writes the JSON and returns the tables.
 
     Raises:
-      ConfigError: the extra is not installed, or a task is unknown.
-      DataError: a task's data cannot be had.
+      ConfigError: the extra `eval` is not installed, or a task is unknown.
+      DataError: a task's data cannot be loaded.
       CheckpointError: a run has no such checkpoint.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -74,11 +74,11 @@ def evaluate_tasks(config: EvalConfig) -> str:
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> tuple[Any, list[Any]]:
-    """The harness's task manager, and its tasks and groups of these names, their data read.
+    """The harness's task manager, and the loaded tasks and groups of these names.
 
     Raises:
       ConfigError: a name is unknown.
-      DataError: the data of a task cannot be had; says what to put where.
+      DataError: a task's data cannot be loaded; says how to provide it.
     """
     import huggingface_hub  # sets its logger's level when it is imported
     from lm_eval.tasks import TaskManager
@@ -89,18 +89,18 @@ def load_tasks(names: list[str], include_path: str | None = None) -> tuple[Any, 
         raise ConfigError(f"include_path is {include_path!r}; it must be a directory of YAML files")
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # reads thousands of files
+        manager = TaskManager(include_path=include_path)  # slow: reads thousands of files
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
-                f"tasks has {name!r}, which is no task, group or tag of the harness; `lm-eval ls "
-                "tasks` lists them, and --include-path adds your own"
+                f"tasks has {name!r}, which is not a task, group or tag of the harness; `lm-eval "
+                "ls tasks` lists them, and --include-path adds your own"
             )
     loaded, missing = [], []
     for name in names:
         try:
             found = manager.load([name])
-        except Exception as error:  # of every library below the harness
+        except Exception as error:  # from any library that the harness uses
             missing.append((name, error))
             continue
         group = found["groups"].get(name)
@@ -152,7 +152,7 @@ def _evaluate_run(
 
 
 def primary_metric(scores: dict[str, Any]) -> str | None:
-    """The key of a task's primary metric: of `PRIMARY`, the first it has."""
+    """The key of a task's primary metric, the first of `PRIMARY` that it has."""
     for metric in PRIMARY:
         for key in scores:
             if key.split(",")[0] == metric:
@@ -161,14 +161,14 @@ def primary_metric(scores: dict[str, Any]) -> str | None:
 
 
 def mean_score(results: dict[str, Any]) -> float | None:
-    """Mean over tasks of the primary metric; None if no task has one."""
+    """The mean of the tasks' primary metrics; None if no task has one."""
     tasks = (results["results"][name] for name in results["samples"])
     values = [scores[key] for scores in tasks if (key := primary_metric(scores))]
     return statistics.mean(values) if values else None
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
-    """Paired differences of each task's primary metric, and of their mean over the tasks."""
+    """Paired differences in each task's primary metric, and in the mean over tasks."""
     from scipy import stats  # comes with the harness
 
     differences = []

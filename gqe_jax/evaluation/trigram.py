@@ -1,8 +1,8 @@
-"""The baseline a byte model must beat: trigrams with Witten-Bell back-off.
+"""A baseline for byte models: trigrams with interpolated Witten-Bell smoothing.
 
     python -m gqe_jax.evaluation.trigram --corpus stdlib
 
-Counts the training split and scores the held-out split of a corpus of bytes, as one stream.
+Counts the trigrams of a byte corpus's training split and scores the held-out split as one stream.
 """
 
 import dataclasses
@@ -18,13 +18,11 @@ _BYTES = 256
 
 
 def _interpolate(counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Witten-Bell: a context's unseen share is that of its distinct continuations.
+    """Interpolated Witten-Bell probabilities (Witten and Bell 1991, method C).
 
     Args:
       counts: [..., context, token].
-      lower: probabilities of the shorter context, broadcastable to `counts`.
-
-    Source: Witten and Bell 1991, method C, interpolated.
+      lower: probabilities given the shorter context, broadcastable to `counts`.
     """
     total = counts.sum(axis=-1, keepdims=True)
     distinct = np.count_nonzero(counts, axis=-1, keepdims=True)
@@ -32,15 +30,15 @@ def _interpolate(counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
 
 
 def trigram_held_out(train: Split, validation: Split) -> HeldOut:
-    """Held-out loss of a byte trigram model, from the second byte of the split on.
+    """Loss of a byte trigram model on the held-out split, from its second byte on.
 
     Raises:
-      DataError: the splits are not bytes.
+      DataError: the tokens are not bytes.
     """
     tokens = train.read(0, len(train))
     scored = validation.read(0, len(validation))
     if max(train.info.max_token, validation.info.max_token) >= _BYTES:
-        raise DataError("corpus has tokens beyond 255; the trigram model takes a corpus of bytes")
+        raise DataError("corpus has tokens above 255; the trigram model takes a corpus of bytes")
     context = tokens[:-2] * _BYTES + tokens[1:-1]
     trigrams = np.bincount(context * _BYTES + tokens[2:], minlength=_BYTES**3)
     bigrams = np.bincount(tokens[:-1] * _BYTES + tokens[1:], minlength=_BYTES**2)
@@ -57,10 +55,10 @@ def trigram_held_out(train: Split, validation: Split) -> HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class TrigramConfig:
-    """What to count and score."""
+    """Evaluate the trigram baseline."""
 
     corpus: str = "stdlib"
-    """`stdlib`, or a directory written by `python -m gqe_jax.data.prepare` with bytes as tokens."""
+    """`stdlib`, or a directory written by `python -m gqe_jax.data.prepare --tokenizer byte`."""
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Weights from and to other projects, in safetensors files only; and dense models made into GQE."""
+"""Import and export of weights as safetensors files, and upcycling of dense models to GQE."""

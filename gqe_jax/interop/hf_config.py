@@ -1,4 +1,4 @@
-"""Hugging Face's config.json of Llama and Qwen3, to and from our ModelConfig with variant `gqa`."""
+"""Conversion between Hugging Face's config.json of Llama and Qwen3 and a `gqa` ModelConfig."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from gqe_jax.interop.tensors import WeightsError
 CONFIG_FILE = "config.json"
 LLAMA, QWEN3 = "llama", "qwen3"
 
-# What these fields must be for the computation to be ours; Hugging Face's default where absent.
+# Values with which our model computes the same; an absent field has Hugging Face's default.
 _REQUIRED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -22,10 +22,10 @@ _REQUIRED = {
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """The fields of `config.json`.
+    """The fields of a directory's `config.json`.
 
     Raises:
-      WeightsError: there is none, or it is no JSON object.
+      WeightsError: the file cannot be read or is not a JSON object.
     """
     path = directory / CONFIG_FILE
     try:
@@ -40,24 +40,24 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def to_model_config(values: dict[str, Any], *, dtype: Dtype) -> ModelConfig:
-    """Our configuration of a Llama or Qwen3.
+    """The ModelConfig of a Llama or Qwen3 model.
 
     Args:
       values: the fields of config.json.
-      dtype: of activations and matrix products.
+      dtype: dtype of activations and matrix products.
 
     Raises:
-      WeightsError: names a field that is missing, or whose value our model does not compute.
+      WeightsError: a field is missing, or has a value that our model does not support; names it.
     """
     kind = values.get("model_type")
     if kind not in (LLAMA, QWEN3):
         raise WeightsError(f"model_type is {kind!r}; it must be {LLAMA} or {QWEN3}")
     for field, required in _REQUIRED.items():
         if (value := values.get(field, required)) != required and value is not None:
-            raise WeightsError(f"{field} is {value!r}; our model computes only {required!r}")
+            raise WeightsError(f"{field} is {value!r}; our model supports only {required!r}")
     other = sorted(set(values.get("layer_types") or []) - {"full_attention"})
     if other:
-        raise WeightsError(f"layer_types has {other[0]!r}; our model computes only full_attention")
+        raise WeightsError(f"layer_types has {other[0]!r}; our model supports only full_attention")
 
     def integer(field: str, default: int | None = None) -> int:
         value = values.get(field)
@@ -95,7 +95,7 @@ def to_model_config(values: dict[str, Any], *, dtype: Dtype) -> ModelConfig:
 
 
 def _rope(values: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
-    """theta and scaling, from the fields of transformers before 5 or from 5 on."""
+    """RoPE's theta and scaling, from the fields of transformers 4 or 5."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = rope.get("rope_theta", values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -125,12 +125,12 @@ def from_model_config(
     dtype: Dtype,
     end_of_document: int | None,
 ) -> dict[str, Any]:
-    """The fields of config.json: Qwen3 with QK-norm, Llama without.
+    """The fields of config.json: Qwen3 if the model has QK-norm, else Llama.
 
-    The rotary fields are those of transformers before 5, which later versions read too.
+    The RoPE fields are those of transformers 4, which transformers 5 reads too.
 
     Raises:
-      WeightsError: Hugging Face has no such model: a routed variant, or QK-norm of another epsilon.
+      WeightsError: the variant is routed, or QK-norm has its own epsilon; neither model has that.
     """
     attention = config.attention
     if attention.variant != "gqa":

@@ -1,10 +1,10 @@
-"""One table between our parameters and PyTorch's names, for the layer and for the whole model.
+"""The table from our parameters to PyTorch tensor names, for one layer and for a whole model.
 
-The attention's names and shapes are those of the GQE authors' module (paper.md, Interchange). For
-the rest of a model the paper has no names; ours are those of Hugging Face's Llama, in which the
-attention is `self_attn`. With variant `gqa` the table is then Hugging Face's Llama and Qwen3.
+The attention's names and shapes are those of the GQE authors' PyTorch module (arXiv 2606.20945).
+All other names are those of Hugging Face's Llama, in which the attention is `self_attn`. With
+variant `gqa` the table is that of Hugging Face's Llama and Qwen3.
 
-A torch Linear keeps [out, in]; we keep [*in, *out]. Heads are group-major in both.
+A torch Linear stores [out, in], our kernels [*in, *out]. Heads are group-major in both.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from gqe_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter of ours and the torch tensor it is, or the tensors, one a layer."""
+    """One of our parameters and its torch tensor, or its torch tensors, one per layer."""
 
     path: tuple[str, ...]
-    """Of the parameter."""
+    """Path of the parameter."""
     name: str
-    """Of the tensor; `{layer}` stands for the layer's number."""
+    """Name of the tensor; `{layer}` stands for the layer's index."""
     inputs: int = 1
-    """Leading axes of the parameter that the map sums over; 0: no map, the shape is the same."""
+    """Number of leading input axes of the kernel; 0: not a Linear, the shape is the same."""
 
     def names(self, num_layers: int) -> list[str]:
-        """The tensors, in the order of the parameter's layer axis if it has one."""
+        """The tensors' names, in the order of the parameter's layer axis if it has one."""
         return [self.name.format(layer=i) for i in range(num_layers if self.per_layer else 1)]
 
     @property
@@ -42,7 +42,7 @@ class Entry:
         return "{layer}" in self.name
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a tensor, from the parameter's shape without layer axis."""
+        """The tensor's shape, from the parameter's shape without layer axis."""
         if not self.inputs:
             return tuple(shape)
         return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
@@ -53,18 +53,18 @@ class Entry:
         return array.reshape(shape[::-1]).T if self.inputs else array
 
     def from_torch(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The parameter of this shape, without layer axis."""
+        """The parameter without layer axis, of shape `shape`, from the tensor."""
         return tensor.T.reshape(shape) if self.inputs else tensor
 
 
 def attention_entries(config: AttentionConfig) -> list[Entry]:
-    """The table of one attention layer: the authors' names."""
+    """The table of one attention layer, with the authors' names."""
     maps = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     if config.variant != "gqa":
         maps["router"] = "router"
     if config.variant == "gqe":
         maps["shared_query"] = "q_shared"
-        if config.shared_kv == "own":  # not in the authors' module; the names are ours
+        if config.shared_kv == "own":  # not in the authors' module, so the names are ours
             maps |= {"shared_key": "k_shared", "shared_value": "v_shared"}
     entries = [Entry((ours, "kernel"), f"{name}.weight") for ours, name in maps.items()]
     entries.append(Entry(("out", "kernel"), "o_proj.weight", inputs=2))
@@ -96,17 +96,17 @@ def model_entries(config: ModelConfig) -> list[Entry]:
 
 @functools.cache
 def abstract_params(config: ModelConfig) -> nnx.State:
-    """Shapes of the model's parameters."""
+    """The model's parameters as abstract arrays."""
     return nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model, with its shape, layer after layer."""
+    """The name and shape of every tensor of a model, layer by layer."""
     return {name: entry.torch_shape(shape) for name, entry, _, shape in _tensors(config)}
 
 
 def torch_reader(config: ModelConfig, params: nnx.State) -> Callable[[str], np.ndarray]:
-    """A function from a tensor's name to its numbers, float32, in a model's parameters."""
+    """A function that maps a tensor's name to its float32 values in `params`."""
     parts = {name: (entry, layer) for name, entry, layer, _ in _tensors(config)}
     flat = dict(nnx.to_flat_state(params))
 
@@ -119,20 +119,20 @@ def torch_reader(config: ModelConfig, params: nnx.State) -> Callable[[str], np.n
 
 
 def read_params(config: ModelConfig, tensors: Tensors, shardings: nnx.State | None) -> nnx.State:
-    """A model's parameters from the tensors that `torch_shapes` lists; one parameter at a time.
+    """Reads a model's parameters from the tensors of `torch_shapes`, one parameter at a time.
 
     Args:
-      config: the model's.
-      tensors: where they are.
-      shardings: how they are laid out over devices, a sharding a parameter; None: on the first.
+      config: the model's configuration.
+      tensors: the files.
+      shardings: a sharding per parameter; None: all on the first device.
 
     Raises:
-      WeightsError: a tensor is missing, superfluous, or of another shape or type; names it.
+      WeightsError: a tensor is missing, unexpected, or has the wrong shape or type; names it.
     """
     tied = config.tied_embedding
     tensors.check(
         torch_shapes(config),
-        # Old Llama files keep a table of frequencies; some tied models repeat the embedding.
+        # Old Llama files store RoPE's frequencies; some tied models store the embedding twice.
         lambda name: name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"),
     )
     if tied and "lm_head.weight" in tensors:
@@ -152,7 +152,7 @@ def read_params(config: ModelConfig, tensors: Tensors, shardings: nnx.State | No
 
 
 def layer_to_torch(layer: GroupedQueryExperts | GroupedQueryAttention) -> dict[str, np.ndarray]:
-    """The state_dict of the authors' module, in NumPy: `q_proj.weight` and so on."""
+    """The layer's weights as the authors' state_dict, in NumPy: `q_proj.weight` and so on."""
     params = dict(nnx.to_flat_state(nnx.state(layer, nnx.Param)))
     return {
         entry.name: entry.to_torch(np.asarray(params[entry.path][...]))
@@ -167,11 +167,11 @@ def layer_from_torch(
 
     Args:
       tensors: the module's state_dict in a safetensors file.
-      config: the geometry.
-      kwargs: for the layer, such as `dtype` and `implementation`.
+      config: the layer's geometry.
+      kwargs: arguments of the layer, such as `dtype` and `implementation`.
 
     Raises:
-      WeightsError: as `read_params`.
+      WeightsError: a tensor is missing, unexpected, or has the wrong shape or type; names it.
     """
     layer = make_attention(config, rngs=nnx.Rngs(0), **kwargs)
     params = dict(nnx.to_flat_state(nnx.state(layer, nnx.Param)))
@@ -191,7 +191,7 @@ def layer_from_torch(
 def _tensors(
     config: ModelConfig,
 ) -> Iterator[tuple[str, Entry, int | None, tuple[int, ...]]]:
-    """(name, entry, layer or None, the parameter's shape without layer axis), layer by layer."""
+    """Yields (name, entry, layer or None, parameter shape without layer axis), layer by layer."""
     abstract = dict(nnx.to_flat_state(abstract_params(config)))
     entries = model_entries(config)
     within = [i for i, entry in enumerate(entries) if entry.per_layer]

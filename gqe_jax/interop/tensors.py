@@ -1,6 +1,6 @@
-"""Safetensors: one file, or several under an index, as Hugging Face lays them out.
+"""Reading and writing safetensors, as one file or as Hugging Face's shards with an index.
 
-The format is a JSON header and raw numbers: reading it executes nothing.
+The format is a JSON header and raw numbers, so reading it executes no code.
 """
 
 import json
@@ -27,11 +27,11 @@ class WeightsError(UserError, ValueError):
 class Tensors:
     """The tensors of a file, or of a directory with `model.safetensors` or an index of shards.
 
-    Opening reads headers only; the numbers of a tensor are read when it is asked for.
+    The constructor reads headers only; `read` loads one tensor.
 
     Raises:
-      WeightsError: a file is missing, truncated or no safetensors file, or the index and its shards
-        differ; names the file and the tensor.
+      WeightsError: a file is missing, truncated or not safetensors, or the index and its shards
+        disagree; names the file and the tensor.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -47,7 +47,7 @@ class Tensors:
         else:
             raise WeightsError(
                 f"{self.path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a safetensors file "
-                "or a directory with one (other formats are not read: convert them first)"
+                "or a directory with one (convert other formats first)"
             )
 
     def _open(self, file: pathlib.Path) -> None:
@@ -74,20 +74,20 @@ class Tensors:
             self._open(index.parent / shard)
         for name in sorted(set(listed) | set(self._file_of)):
             if name not in listed:
-                raise WeightsError(f"{self._file_of[name]} has tensor {name}; {index} does not")
+                raise WeightsError(f"{self._file_of[name]} has tensor {name}, {index} does not")
             expected = index.parent / listed[name]
             if self._file_of.get(name) != expected:
-                raise WeightsError(f"{expected} lacks tensor {name}, which {index} says it has")
+                raise WeightsError(f"{expected} lacks tensor {name}, which {index} lists for it")
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in float32, in which every type that `check` allows is exact."""
+        """The tensor in float32, which represents every dtype that `check` allows exactly."""
         return self._files[name].get_tensor(name).astype(np.float32)
 
     def check_equal(self, name: str, other: str) -> None:
-        """Whether a tensor repeats another.
+        """Checks that two tensors are equal.
 
         Raises:
           WeightsError: they differ.
@@ -95,23 +95,22 @@ class Tensors:
         if not np.array_equal(self.read(name), self.read(other)):
             raise WeightsError(
                 f"{self._file_of[name]}: tensor {name} differs from {other}; the configuration "
-                "ties them, so it must be the same or left out"
+                "ties them, so it must be equal or omitted"
             )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> None:
-        """Whether there are these tensors, of these shapes, of a float type, and no others.
+        """Checks that these tensors exist with these shapes and a float dtype, and no others.
 
         Args:
-          shapes: what must be there.
-          ignored: names for which this is true may be there.
+          shapes: the required tensors.
+          ignored: returns True for the names of tensors that are allowed but not required.
 
         Raises:
-          WeightsError: names the tensors that are missing, and those that do not belong; or one of
-            the wrong shape or type.
+          WeightsError: names the missing and unexpected tensors, or one of the wrong shape or type.
         """
         missing = [f"{name} is missing" for name in shapes if name not in self]
         extra = [
-            f"{name} in {self._file_of[name].name} does not belong"
+            f"{name} in {self._file_of[name].name} is unexpected"
             for name in self._files
             if name not in shapes and not ignored(name)
         ]
@@ -134,7 +133,7 @@ class Tensors:
 
 
 def _damage(file: pathlib.Path) -> str | None:
-    """Which tensor a truncated file no longer holds whole; None if that is not what is wrong."""
+    """Names the first tensor that a truncated file lacks; None if the file is not truncated."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -147,7 +146,7 @@ def _damage(file: pathlib.Path) -> str | None:
         return None
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:
-            return f"tensor {name} ends at byte {end} and the file at {size}, it is truncated"
+            return f"tensor {name} ends at byte {end} and the file at {size}; it is truncated"
     return None
 
 
@@ -159,14 +158,14 @@ def write_tensors(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index if it would be larger than a shard.
+    """Writes `model.safetensors`, or shards and an index if it would exceed `max_shard_bytes`.
 
     Args:
-      directory: exists, and has no weights.
-      shapes: of the tensors, in their order.
-      read: gives the tensor of a name; at most one shard's are held at a time.
-      dtype: of the numbers in the files.
-      max_shard_bytes: what a file may hold; a larger tensor has a file of its own.
+      directory: an existing directory without weights.
+      shapes: the tensors' shapes, in the order in which to write them.
+      read: returns a tensor by name; one shard is held in memory at a time.
+      dtype: dtype of the files.
+      max_shard_bytes: maximum size of a file; a larger tensor gets its own file.
     """
     shards: list[list[str]] = [[]]
     used = total = 0

@@ -1,4 +1,4 @@
-"""Pictures of runs: PNGs of the metrics, and a page on which the routing of a text can be seen."""
+"""Reports on runs: PNG plots of the metrics, and an HTML page that shows the routing of a text."""
 
 from gqe_jax.report.curves import DIRECTORY, draw
 

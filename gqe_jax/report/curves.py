@@ -1,4 +1,4 @@
-"""Figures of what training wrote down: losses, the optimizer, expert load and router entropy."""
+"""Plots of a run's metrics: losses, the optimizer, expert load and router entropy."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from gqe_jax.storage import location, write_whole
 from gqe_jax.training.telemetry import read_metrics
 
 DIRECTORY = "report"
-# Okabe and Ito's colours, which colour-blind people can tell apart; page.css has the same.
+# Okabe and Ito's palette, safe for colour-blind readers; page.css uses the same.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#f0e442")
 _STYLE = {
     "axes.grid": True,
@@ -33,12 +33,12 @@ _STYLE = {
     "lines.linewidth": 1.2,
 }
 styled = matplotlib.rc_context(_STYLE)
-"""Decorates a function that draws."""
+"""Decorator that applies the style to a plotting function."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """A run's metrics, as arrays over the logged steps."""
+    """A run's metrics, as arrays whose first axis is the logged step."""
 
     label: str
     training: dict[str, np.ndarray]
@@ -47,10 +47,10 @@ class Curves:
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike, label: str = "") -> "Curves":
-        """From a run's directory.
+        """Reads the metrics from a run's directory.
 
         Raises:
-          FileNotFoundError: it has no metrics.
+          FileNotFoundError: the directory has no metrics of training steps.
         """
         lines = read_metrics(run_dir)
         training = [line for line in lines if "loss" in line]
@@ -63,16 +63,16 @@ class Curves:
 
     @property
     def expert_load(self) -> Float[np.ndarray, "step layer group expert"] | None:
-        """Share of tokens that took each expert; None for the dense baseline."""
+        """Fraction of tokens routed to each expert; None for the dense baseline."""
         return self.training.get("expert_load")
 
 
 def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
-    """Writes the PNG files of a run's metrics to its `report/`.
+    """Plots a run's metrics to PNG files in its `report/`.
 
     Returns:
       The files: loss, learning rate and gradient norms; for a routed variant also expert load and
-      router entropy by layer and group.
+      router entropy per layer and group.
 
     Raises:
       FileNotFoundError: the run has no metrics.
@@ -89,7 +89,7 @@ def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def panels(rows: int, columns: int, width: float, height: float, **kwargs: Any):
-    """A figure, in inches, and its axes [rows, columns]."""
+    """A figure of this size in inches, and its axes [rows, columns]."""
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
@@ -103,7 +103,7 @@ def png(figure: matplotlib.figure.Figure) -> bytes:
 
 @styled
 def loss(runs: Sequence[Curves]) -> bytes:
-    """Training and held-out loss of the runs, overlaid."""
+    """Training and held-out loss of all runs in one plot."""
     figure, ((axes,),) = panels(1, 1, 8, 4)
     for number, run in enumerate(runs):
         colour = COLOURS[number % len(COLOURS)]
@@ -145,7 +145,7 @@ def optimizer(run: Curves) -> bytes:
 
 @styled
 def expert_load(run: Curves) -> bytes:
-    """A panel a layer and group: the share of tokens that took each expert, over the steps."""
+    """Fraction of tokens routed to each expert over the steps; one panel per layer and group."""
     steps, load = run.training["step"], run.expert_load
     _, layers, groups, experts = load.shape
     figure, grid = panels(
@@ -160,7 +160,7 @@ def expert_load(run: Curves) -> bytes:
         if group == 0:
             axes.set_ylabel(f"layer {layer}")
     figure.supxlabel("step", fontsize=9)
-    figure.supylabel("share of tokens", fontsize=9)
+    figure.supylabel("fraction of tokens", fontsize=9)
     if experts <= len(COLOURS):
         names = [f"expert {expert}" for expert in range(experts)]
         figure.legend(names, loc="outside upper right", ncols=min(experts, 4))
@@ -169,17 +169,17 @@ def expert_load(run: Curves) -> bytes:
 
 @styled
 def router_entropy(run: Curves) -> bytes:
-    """A panel a layer, a line a group: mean entropy of the router over that of a fair choice."""
+    """Mean router entropy over log M, its maximum; one panel per layer, one line per group."""
     steps, entropy = run.training["step"], run.training["router_entropy"]
     _, layers, groups = entropy.shape
-    undecided = math.log(run.expert_load.shape[-1]) or 1.0  # one expert: the entropy is 0
+    uniform = math.log(run.expert_load.shape[-1]) or 1.0  # M = 1: both entropies are 0
     columns = min(layers, 4)
     rows = -(-layers // columns)
     figure, grid = panels(rows, columns, 8.5, 1.8 * rows + 0.8, sharex=True, sharey=True)
     for layer, axes in enumerate(grid.flat):
         axes.set_visible(layer < layers)
         if layer < layers:
-            axes.plot(steps, entropy[:, layer] / undecided)
+            axes.plot(steps, entropy[:, layer] / uniform)
             axes.set(title=f"layer {layer}", ylim=(0, 1.05))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("entropy / log M", fontsize=9)
@@ -190,11 +190,11 @@ def router_entropy(run: Curves) -> bytes:
 
 
 def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays over the lines, of what every line has."""
+    """One array per metric that every line has."""
     names = set.intersection(*(set(line) for line in lines)) if lines else set()
     return {name: np.array([line[name] for line in lines]) for name in names}
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no formulas, and a legend leaves out what begins "_"."""
+    """Text escaped for a legend: matplotlib parses "$" and hides labels that begin with "_"."""
     return "\N{ZERO WIDTH SPACE}" * text.startswith("_") + text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What is counted of a routing: idle experts, pairs of experts, tokens that prefer an expert."""
+"""Routing statistics: idle experts, co-selected pairs, and the tokens that prefer an expert."""
 
 import dataclasses
 
@@ -6,12 +6,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 IDLE_BELOW = 0.1
-"""An expert is idle with less than this part of its even share of the tokens, k / M."""
+"""An expert whose load is below this fraction of the uniform load, k / M, is idle."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Expert:
-    """One query expert of a model."""
+    """Indices of one query expert of a model."""
 
     layer: int
     group: int
@@ -21,27 +21,27 @@ class Expert:
 def final_load(
     load: Float[np.ndarray, "step layer group expert"],
 ) -> Float[np.ndarray, "layer group expert"]:
-    """Mean load over the last tenth of the logged steps, over the even share k / M: 1 is even."""
+    """Mean load over the last tenth of the logged steps, relative to the uniform load k / M."""
     last = load[-max(1, len(load) // 10) :].mean(axis=0)
     return last / last.mean(axis=-1, keepdims=True)
 
 
 def idle_experts(load: Float[np.ndarray, "step layer group expert"]) -> list[Expert]:
-    """The experts that training left idle; a group with one of them has collapsed."""
+    """The experts that are idle at the end of training; a group with an idle expert collapsed."""
     return [Expert(*map(int, place)) for place in np.argwhere(final_load(load) < IDLE_BELOW)]
 
 
 def chosen(
     expert_index: Int[np.ndarray, "layer token group k"], experts: int
 ) -> Bool[np.ndarray, "layer token group expert"]:
-    """Which experts each token took."""
+    """Mask of the experts that each token is routed to."""
     return (expert_index[..., None] == np.arange(experts)).any(axis=-2)
 
 
 def pair_shares(
     taken: Bool[np.ndarray, "layer token group expert"],
 ) -> Float[np.ndarray, "layer n n"]:
-    """Share of the tokens that took both of two experts, numbered group-major; the diagonal is
+    """Fraction of tokens routed to both of two experts; n = group · M + expert. The diagonal is
     each expert's load."""
     layers, tokens, *_ = taken.shape
     flat = taken.reshape(layers, tokens, -1).astype(np.float32)
@@ -50,12 +50,12 @@ def pair_shares(
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two experts of different groups of a layer."""
+    """Two experts of one layer in different groups, and how often a token selects both."""
 
     first: Expert
     second: Expert
     together: float
-    """Share of the tokens that took both."""
+    """Fraction of tokens routed to both."""
     independent: float
     """The product of their loads."""
 
@@ -63,7 +63,7 @@ class Pair:
 def strongest_pairs(
     shares: Float[np.ndarray, "layer n n"], experts: int, count: int = 10
 ) -> list[Pair]:
-    """The pairs across groups whose share differs most from independent choices."""
+    """The pairs across groups whose co-selection differs most from that of independent routers."""
     load = np.diagonal(shares, axis1=1, axis2=2)
     independent = load[:, :, None] * load[:, None, :]
     group = np.arange(shares.shape[1]) // experts
@@ -80,7 +80,7 @@ def strongest_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A token and the part of its occurrences that took an expert."""
+    """A token and the fraction of its occurrences that are routed to an expert."""
 
     token: int
     share: float
@@ -94,11 +94,11 @@ def preferring_tokens(
     count: int = 12,
     prior: float = 10.0,
 ) -> list[list[list[Preference]]]:
-    """Of one layer, by group and expert: the tokens that most prefer it.
+    """The tokens that most prefer each expert of one layer, as lists [group][expert].
 
-    Ranked by (n + prior · load) / (all + prior), with n of all occurrences on the expert, so that
-    a token seen once does not outrank one that chose the expert a hundred times. Tokens that take
-    it no more often than the text as a whole are left out.
+    The rank is (n + prior · load) / (total + prior), where n of a token's `total` occurrences are
+    routed to the expert: the prior keeps rare tokens from leading. Tokens whose fraction is not
+    above the expert's load are omitted.
     """
     ids, inverse, totals = np.unique(tokens, return_inverse=True, return_counts=True)
     _, groups, experts = taken.shape

@@ -1,4 +1,4 @@
-// Colours a text by the expert that each token took in the chosen layer, group and rank.
+// Colours a text by the expert that each token selected in the chosen layer, group and rank.
 "use strict";
 
 const texts = JSON.parse(document.getElementById("texts").textContent);

@@ -1,4 +1,4 @@
-"""The page: one HTML file without anything outside it."""
+"""Builds the report: one self-contained HTML page."""
 
 import base64
 import dataclasses
@@ -17,16 +17,16 @@ from gqe_jax.report.routing import RoutedText
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the page shows of one run."""
+    """The data of one run that the page shows."""
 
     curves: Curves
     routed: RoutedText | None
     missing: str = ""
-    """Why there is no routed text."""
+    """The reason why there is no routed text."""
 
 
 def build(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
-    """The page, and the PNG files that it shows, by name."""
+    """The page's HTML, and its plots as PNG files by name."""
     images = {"loss.png": curves.loss([run.curves for run in runs])}
     figures, texts = [], []
     for number, run in enumerate(runs):
@@ -76,18 +76,18 @@ def _header(runs: Sequence[Run]) -> str:
         f"{''.join(verdicts)}\n"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n"
-        '<p class="note">* Of the expert that took the fewest tokens over the last tenth of the '
-        "logged steps, over an even share, k / M. Below "
-        f"{measures.IDLE_BELOW:g} an expert counts as idle, and its group as collapsed.</p>\n"
+        '<p class="note">* Load of the least used expert, averaged over the last tenth of the '
+        "logged steps, relative to the uniform load k / M. Below "
+        f"{measures.IDLE_BELOW:g} an expert is idle and its group has collapsed.</p>\n"
         "</header>"
     )
 
 
 def _verdict(run: Run) -> str:
-    """A line on collapse, from the training's metrics."""
+    """A line that says whether experts collapsed, from the training metrics."""
     name, load = html.escape(run.curves.label), run.curves.expert_load
     if load is None:
-        return f'<p class="verdict dense"><b>{name}</b>: dense, nothing is routed.</p>'
+        return f'<p class="verdict dense"><b>{name}</b>: dense, no routing.</p>'
     layers, groups = load.shape[1:3]
     idle = measures.idle_experts(load)
     if not idle:
@@ -117,13 +117,13 @@ def _run_section(run: Run, suffix: str, images: dict[str, bytes]) -> str:
             f"expert_load{suffix}.png",
             curves.expert_load(run.curves),
             "Expert load",
-            "The share of a training batch's tokens that took each expert, by layer and group.",
+            "The fraction of a training batch's tokens routed to each expert, by layer and group.",
         )
         add(
             f"router_entropy{suffix}.png",
             curves.router_entropy(run.curves),
             "Router entropy",
-            "Mean entropy of the router's choice for a token: 1 is undecided, 0 is certain.",
+            "Mean entropy of a token's router probabilities over log M: 1 is uniform, 0 certain.",
         )
     if run.routed is not None:
         experts, top_k = run.routed.router_probs.shape[-1], run.routed.expert_index.shape[-1]
@@ -131,16 +131,16 @@ def _run_section(run: Run, suffix: str, images: dict[str, bytes]) -> str:
         add(
             f"expert_pairs{suffix}.png",
             pairs.pairs(shares, experts, same_group_possible=top_k > 1),
-            "Experts chosen together",
-            f"In {len(run.routed.tokens):,} tokens of the text above. Experts are named "
-            "group·expert" + ("." if top_k > 1 else "; those of one group never meet."),
+            "Experts selected together",
+            f"In {len(run.routed.tokens):,} tokens of the text above. Labels are group·expert"
+            + ("." if top_k > 1 else "; with k = 1 a token selects one expert per group."),
             _pair_table(measures.strongest_pairs(shares, experts)),
         )
     add(
         f"optimizer{suffix}.png",
         curves.optimizer(run.curves),
         "Optimizer",
-        "Learning rate, and the gradient's global norm before and after clipping.",
+        "Learning rate, and the global gradient norm before and after clipping.",
     )
     if run.missing:
         content.insert(0, f'<p class="note">No routed text: {html.escape(run.missing)}.</p>')
@@ -157,7 +157,7 @@ def _pair_table(found: Sequence[measures.Pair]) -> str:
     heads = ("layer", "expert", "and expert", "together", "if independent")
     head = "".join(f"<th scope=col>{name}</th>" for name in heads)
     return (
-        "<details><summary>Pairs of different groups that are furthest from independent"
+        "<details><summary>Pairs across groups that differ most from independent selection"
         f'</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>"
     )
@@ -172,7 +172,7 @@ def _text_section(texts: Sequence[dict[str, Any]]) -> str:
         for name, options in (("run", runs), ("layer", ""), ("group", ""), ("rank", ""))
     )
     return _section(
-        "Which expert each token took",
+        "Selected expert of each token",
         f'<div class="controls">{selects}</div>\n<div id="experts"></div>\n'
         '<div id="text" tabindex="0" role="region" aria-label="The text, by expert"></div>\n'
         '<p class="note" id="token">Point at a token for its experts in every group of the '
@@ -181,7 +181,7 @@ def _text_section(texts: Sequence[dict[str, Any]]) -> str:
 
 
 def _text_data(label: str, routed: RoutedText) -> dict[str, Any]:
-    """What page.js needs of a routed text; arrays in base64."""
+    """The JSON of a routed text that page.js reads; arrays are in base64."""
     probs, index = routed.router_probs, routed.expert_index
     taken = measures.chosen(index, probs.shape[-1])
     selected = np.take_along_axis(probs, index, axis=-1)
@@ -225,5 +225,5 @@ def _base64(data: bytes | np.ndarray) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    """JSON without "<", so that it cannot close the script element around it."""
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""A figure of how often two experts are chosen together."""
+"""A heat map of how often a token selects both of two experts."""
 
 import numpy as np
 from jaxtyping import Float
@@ -8,12 +8,12 @@ from gqe_jax.report.curves import panels, png, styled
 
 @styled
 def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possible: bool) -> bytes:
-    """A heat map a layer: the share of the tokens that took both of two experts.
+    """A PNG with one heat map per layer: the fraction of tokens routed to both of two experts.
 
     Args:
       shares: from `measures.pair_shares`.
-      experts: in a group.
-      same_group_possible: k > 1; otherwise a group's experts never meet and stay blank.
+      experts: experts per group.
+      same_group_possible: whether k > 1; otherwise pairs within a group are left blank.
     """
     layers, count, _ = shares.shape
     group = np.arange(count) // experts
@@ -41,7 +41,7 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
         )
         axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=6 if count > 8 else 7)
         axes.tick_params(length=0)
-    label = "share of tokens that took both"
+    label = "fraction of tokens routed to both"
     bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, label=label)
     bar.outline.set_visible(False)
     return png(figure)

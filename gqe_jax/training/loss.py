@@ -1,7 +1,7 @@
-"""The training objective: cross-entropy and divergence in chunks of the sequence, router losses.
+"""The training objective: cross-entropy and KL divergence in sequence chunks, and router losses.
 
-On a mesh each device takes its own rows, positions and part of the vocabulary, under `shard_map`:
-the table is gathered once, and its gradient summed once, not for every chunk.
+On a mesh, `shard_map` gives each device its own rows, positions and shard of the vocabulary, so
+that the table is gathered once and its gradient reduced once instead of for every chunk.
 """
 
 import functools
@@ -25,21 +25,21 @@ def chunked_cross_entropy(
     *,
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy and summed squared logsumexp, in nats, each token times its weight.
+    """Weighted sums over tokens of the cross-entropy, in nats, and of the squared logsumexp.
 
-    Logits exist for `chunk` positions of a device's sequences at a time; the backward pass computes
-    them again, so [batch, length, vocab] never exists.
+    Logits exist for `chunk` positions of a device's sequences at a time, and the backward pass
+    recomputes them, so that [batch, length, vocab] is never stored.
 
     Args:
       hidden: final hidden states; logits are their products with the table's rows, accumulated in
         float32.
       table: `Transformer.logit_table`.
       targets: the token that each position predicts.
-      weights: 0 leaves a position out; they get no gradient.
-      chunk: positions in a chunk.
+      weights: weight of each position, 0 to exclude it; without gradient.
+      chunk: positions per chunk.
     """
-    beside = targets, weights.astype(jnp.float32)
-    return _sums_over_chunks(_cross_entropy, chunk, table, hidden, beside, ())
+    per_token = targets, weights.astype(jnp.float32)
+    return _sums_over_chunks(_cross_entropy, chunk, table, hidden, per_token, ())
 
 
 def chunked_divergence(
@@ -51,13 +51,13 @@ def chunked_divergence(
     *,
     chunk: int = 512,
 ) -> Float[Array, ""]:
-    """Summed KL divergence of our predictions from the teacher's, in nats, each token times its
-    weight: the sum over the vocabulary of p_teacher · log(p_teacher / p). Arguments and memory as
-    in `chunked_cross_entropy`; the teacher gets no gradient.
+    """Weighted sum over tokens of KL(teacher || student), in nats: the sum over the vocabulary of
+    p_teacher · log(p_teacher / p). Arguments and memory as in `chunked_cross_entropy`; the teacher
+    gets no gradient.
     """
-    beside = teacher_hidden, weights.astype(jnp.float32)
+    per_token = teacher_hidden, weights.astype(jnp.float32)
     fixed = (teacher_table.astype(teacher_hidden.dtype),)
-    return _sums_over_chunks(_divergence, chunk, table, hidden, beside, fixed)[0]
+    return _sums_over_chunks(_divergence, chunk, table, hidden, per_token, fixed)[0]
 
 
 def chunked_scores(
@@ -71,12 +71,12 @@ def chunked_scores(
     """Each row's weighted log-likelihood, and its weighted number of targets that are not the most
     probable token. Arguments and memory as in `chunked_cross_entropy`.
     """
-    beside = targets, weights.astype(jnp.float32)
-    return _sums_over_chunks(_scores, chunk, table, hidden, beside, (), by_row=True)
+    per_token = targets, weights.astype(jnp.float32)
+    return _sums_over_chunks(_scores, chunk, table, hidden, per_token, (), by_row=True)
 
 
 class _Axes(NamedTuple):
-    """Mesh axes over which a device has a part: of the vocabulary, of the table's width."""
+    """Mesh axes over which the table's two axes are sharded."""
 
     vocab: str | tuple[str, ...] | None
     embed: str | tuple[str, ...] | None
@@ -100,7 +100,7 @@ def _divergence(axes: _Axes, hidden, table, teacher_hidden, weights, teacher_tab
     ours, theirs = _logits(hidden, table), _logits(teacher_hidden, teacher_table)
     ours -= _logsumexp(ours, axes)[..., None]
     theirs -= _logsumexp(theirs, axes)[..., None]
-    nats = _over_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
+    nats = _psum_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
     return (jnp.sum(weights * nats),)
 
 
@@ -109,7 +109,7 @@ def _at_target(logits: Array, targets: Array, axes: _Axes) -> Array:
     own = (targets >= first) & (targets < first + logits.shape[-1])
     index = jnp.where(own, targets - first, 0)[..., None]
     at_target = jnp.where(own, jnp.take_along_axis(logits, index, axis=-1)[..., 0], 0.0)
-    return _over_vocab(at_target, axes)
+    return _psum_vocab(at_target, axes)
 
 
 def _most_probable(logits: Array, axes: _Axes) -> Array:
@@ -131,7 +131,7 @@ def _logits(hidden: Array, table: Array) -> Array:
     return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _over_vocab(x: Array, axes: _Axes) -> Array:
+def _psum_vocab(x: Array, axes: _Axes) -> Array:
     return jax.lax.psum(x, axes.vocab) if axes.vocab else x
 
 
@@ -140,7 +140,7 @@ def _logsumexp(logits: Float[Array, "batch length vocab"], axes: _Axes) -> Array
         return jax.nn.logsumexp(logits, axis=-1)
     largest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     largest = jax.lax.pmax(largest, axes.vocab)
-    total = _over_vocab(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axes)
+    total = _psum_vocab(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axes)
     return largest + jnp.log(total)
 
 
@@ -149,22 +149,22 @@ def _sums_over_chunks(
     chunk: int,
     table: Array,
     hidden: Array,
-    beside: tuple[Array, ...],
+    per_token: tuple[Array, ...],
     fixed: tuple[Array, ...],
     *,
     by_row: bool = False,
 ) -> tuple[Array, ...]:
-    """Sums of what `one_chunk(axes, hidden, table, *beside, *fixed)` makes of `chunk` positions at
-    a time. Gradients go to `table` and `hidden` alone.
+    """Sums `one_chunk(axes, hidden, table, *per_token, *fixed)` over chunks of `chunk` positions;
+    only `table` and `hidden` have gradients.
 
     Args:
-      beside: more arrays [batch, length, ...].
-      fixed: more tables [vocab, ...].
+      per_token: further arrays [batch, length, ...] to be cut into chunks.
+      fixed: further tables [vocab, ...].
       by_row: `one_chunk` returns a sum for each row of the batch, not one of all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _local_sums(one_chunk, chunk, _Axes(None, None), table, hidden, beside, fixed)
+        return _local_sums(one_chunk, chunk, _Axes(None, None), table, hidden, per_token, fixed)
 
     def rows(x):
         axes = ("batch", "sequence", *(None,) * (x.ndim - 2))
@@ -175,27 +175,27 @@ def _sums_over_chunks(
     batch, sequence, _ = rows(hidden)
     summed = tuple(jax.tree.leaves(sequence if by_row else (batch, sequence)))
 
-    def local(table, hidden, beside, fixed):
-        sums = _local_sums(one_chunk, chunk, axes, table, hidden, beside, fixed)
+    def local(table, hidden, per_token, fixed):
+        sums = _local_sums(one_chunk, chunk, axes, table, hidden, per_token, fixed)
         return jax.lax.psum(sums, summed) if summed else sums
 
     vocab_rows = partition_spec(("vocab", None), table.shape, mesh)
-    in_specs = table_spec, rows(hidden), tuple(map(rows, beside)), (vocab_rows,) * len(fixed)
+    in_specs = table_spec, rows(hidden), tuple(map(rows, per_token)), (vocab_rows,) * len(fixed)
     return jax.shard_map(
         local,
         in_specs=in_specs,
         out_specs=jax.sharding.PartitionSpec(batch) if by_row else jax.sharding.PartitionSpec(),
         check_vma=False,
-    )(table, hidden, beside, fixed)
+    )(table, hidden, per_token, fixed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _local_sums(one_chunk, chunk, axes, table, hidden, beside, fixed):
+def _local_sums(one_chunk, chunk, axes, table, hidden, per_token, fixed):
     table = _gathered(table, hidden.dtype, axes)
-    inputs = _chunks((hidden, *beside), chunk)
+    inputs = _chunks((hidden, *per_token), chunk)
 
-    def part(hidden, *beside):
-        return one_chunk(axes, hidden, table, *beside, *fixed)
+    def part(hidden, *per_token):
+        return one_chunk(axes, hidden, table, *per_token, *fixed)
 
     first = jax.eval_shape(part, *(x[0] for x in inputs))
     start = tuple(jnp.zeros(x.shape, x.dtype) for x in first)
@@ -210,14 +210,14 @@ def _local_sums_forward(one_chunk, chunk, axes, *arrays):
 
 
 def _local_sums_backward(one_chunk, chunk, axes, arrays, d_sums):
-    """The table's gradient is summed over chunks and devices in float32."""
-    shard, hidden, beside, fixed = arrays
+    """Sums the table's gradient over chunks and devices in float32."""
+    shard, hidden, per_token, fixed = arrays
     table = _gathered(shard, hidden.dtype, axes)
 
     def part(d_table, x):
-        own_hidden, *own_beside = x
+        own_hidden, *own_per_token = x
         _, pullback = jax.vjp(
-            lambda hidden, table: one_chunk(axes, hidden, table, *own_beside, *fixed),
+            lambda hidden, table: one_chunk(axes, hidden, table, *own_per_token, *fixed),
             own_hidden,
             table,
         )
@@ -225,7 +225,7 @@ def _local_sums_backward(one_chunk, chunk, axes, arrays, d_sums):
         return d_table + d_part.astype(jnp.float32), d_hidden
 
     d_table, d_hidden = jax.lax.scan(
-        part, jnp.zeros(table.shape, jnp.float32), _chunks((hidden, *beside), chunk)
+        part, jnp.zeros(table.shape, jnp.float32), _chunks((hidden, *per_token), chunk)
     )
     if axes.embed:
         d_table = jax.lax.psum_scatter(d_table, axes.embed, scatter_dimension=1, tiled=True)
@@ -242,7 +242,7 @@ def _gathered(table: Array, dtype: Any, axes: _Axes) -> Array:
 
 
 def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
-    """[batch, length, ...] as [chunks, batch, chunk, ...]; the last are padded with zeros."""
+    """Reshapes [batch, length, ...] to [chunks, batch, chunk, ...], padded with zeros."""
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
 
@@ -254,6 +254,6 @@ def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
 
 
 def router_loss(aux: AttentionAux, config: OptimizerConfig) -> Float[Array, ""]:
-    """The weighted sum over layers of the router's auxiliary losses (paper.md, Losses)."""
+    """The weighted sum over layers of the load-balancing loss and the router's z-loss."""
     balancing = config.load_balancing_weight * jnp.sum(aux.load_balancing_loss)
     return balancing + config.router_z_loss_weight * jnp.sum(aux.router_z_loss)

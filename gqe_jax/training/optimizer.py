@@ -1,4 +1,4 @@
-"""AdamW, warm-up-stable-decay and ZClip, as Optax transformations (paper.md, Training recipe)."""
+"""AdamW, warm-up-stable-decay and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from gqe_jax.config import OptimizerConfig
 
 
 class ZClipState(NamedTuple):
-    """`norm` and `clipped_norm` are the last step's, before and after; for logging."""
+    """State of `zclip`; `norm` and `clipped_norm` are the last step's, for logging."""
 
     count: Int[Array, ""]
     warmup_norms: Float[Array, "warmup"]
@@ -26,16 +26,16 @@ def zclip(
 ) -> optax.GradientTransformation:
     """Adaptive clipping of gradient-norm spikes: ZClip, arXiv 2504.02507.
 
-    During warm-up, norms are collected and clipped only at `cap`; then they initialise mean and
-    variance. After that a norm whose z-score exceeds `threshold` is brought to
-    `mean + threshold · std / (z / threshold)`, every norm to at most `cap`; mean and variance
-    follow what z-clipping left, not the raw norm.
+    During warm-up, norms are clipped only at `cap`; their mean and variance initialise the running
+    statistics. Afterwards a norm whose z-score exceeds `threshold` is clipped to
+    `mean + threshold · std / (z / threshold)`, and every norm to `cap`. The running statistics use
+    the z-clipped norm, not the raw one.
 
     Args:
-      alpha: smoothing of mean and variance.
-      threshold: z-score of a spike.
-      warmup_steps: norms that are collected first.
-      cap: the largest norm that ever passes.
+      alpha: decay of the running mean and variance.
+      threshold: z-score above which a norm is a spike.
+      warmup_steps: number of warm-up steps.
+      cap: upper bound of the clipped norm.
     """
 
     def init(params: optax.Params) -> ZClipState:
@@ -56,8 +56,8 @@ def zclip(
         std = jnp.sqrt(state.variance)
         z = (norm - state.mean) / (std + 1e-6)
         spike = z > threshold
-        brought_down = state.mean + threshold * std / (jnp.where(spike, z, threshold) / threshold)
-        target = jnp.where(spike & ~warming_up, brought_down, norm)
+        z_clipped = state.mean + threshold * std / (jnp.where(spike, z, threshold) / threshold)
+        target = jnp.where(spike & ~warming_up, z_clipped, norm)
         mean = alpha * state.mean + (1 - alpha) * target
         variance = alpha * state.variance + (1 - alpha) * jnp.square(target - mean)
 
@@ -77,7 +77,7 @@ def zclip(
 
 
 def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, a plateau, linear decay to the floor at the last of `steps` steps."""
+    """Linear warm-up from 0, a plateau, and linear decay to the floor at the last step."""
     warmup = round(config.warmup_fraction * steps)
     decay = round(config.decay_fraction * steps)
     peak = config.peak_learning_rate
@@ -92,14 +92,14 @@ def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """True for every parameter but the norms' scales."""
+    """Mask of the parameters with weight decay: all but the scales of norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(getattr(key, "key", None) == "scale" for key in path), params
     )
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW on the warm-up-stable-decay schedule over `steps` steps."""
+    """ZClip followed by AdamW on the warm-up-stable-decay schedule over `steps` steps."""
     clip = zclip(
         alpha=config.zclip_alpha,
         threshold=config.zclip_threshold if config.zclip else float("inf"),

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, and progress for whoever watches."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """The records of a run's `metrics.jsonl`, without a last line that a crash truncated."""
     path = location(run_dir) / METRICS_FILE
     if not path.exists():
         return []
@@ -58,24 +58,24 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class Silent:
-    """Has Telemetry's methods, which do nothing: for all processes of a job but the first."""
+    """A Telemetry whose methods do nothing, for all processes of a job but process 0."""
 
     def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *_: None
 
 
 class Telemetry:
-    """Writes a run's metrics; use it as a context manager.
+    """Writes a run's metrics; a context manager.
 
     Args:
-      run_dir: the run's directory. In an object store the files are those of the last `sync`: they
-        are written on a local disk, and copied whole.
-      start: the step that the run goes on from. Lines of later steps, from before a crash, are
-        taken out: they come again.
+      run_dir: the run's directory. The files are written on a local disk; `sync` copies them if
+        the directory is in an object store.
+      start: the step that the run resumes from. Records of later steps, written before a crash,
+        are removed, since those steps run again.
       steps: the run's last step.
-      flops_per_token: model FLOPs of a training step, for the utilisation.
-      devices: that share the work.
-      stream: where progress goes: a bar on a terminal, lines elsewhere.
+      flops_per_token: model FLOPs of a training step per token, for the utilisation.
+      devices: the devices that train.
+      stream: the stream for progress, a bar on a terminal and lines elsewhere; None: stderr.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Telemetry:
             )
         self._last_time, self._last_step = time.perf_counter(), self._start
         self._paused = 0.0
-        self._copy()  # so that nobody reads the lines that were taken out
+        self._copy()  # removes the later records from an object store too
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -128,19 +128,19 @@ class Telemetry:
             self._copy()
 
     def say(self, text: str) -> None:
-        """A line to whoever watches."""
+        """Prints a line, above the progress bar if there is one."""
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:
             self._bar.write(text, file=self._stream)
 
     def advance(self) -> None:
-        """One more step is under way."""
+        """Advances the progress bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def training(self, step: int, metrics: dict[str, Any], tokens_per_step: int) -> None:
-        """Metrics of a training step, with the speed since the last call."""
+        """Records the metrics of a training step, and the speed since the last call."""
         now = time.perf_counter()
         elapsed = max(now - self._last_time - self._paused, 1e-9)
         tokens_per_second = (step - self._last_step) * tokens_per_step / elapsed
@@ -160,7 +160,7 @@ class Telemetry:
             )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics on held-out text."""
+        """Records the metrics on held-out text."""
         self._write({"step": step, **metrics})
         self.say(
             f"step {step:>{self._digits}}/{self._steps}  held-out loss {metrics['eval_loss']:.4f}, "
@@ -168,11 +168,11 @@ class Telemetry:
         )
 
     def outside(self, seconds: float) -> None:
-        """Time that is no training: evaluations and checkpoints stay out of the speed."""
+        """Excludes the time of an evaluation or checkpoint from the speed."""
         self._paused += seconds
 
     def sync(self) -> None:
-        """Makes sure that the lines so far outlive the machine."""
+        """Flushes the records so far to the disk, and copies them to an object store."""
         os.fsync(self._file.fileno())
         self._board.flush()
         self._copy()
@@ -196,7 +196,7 @@ class Telemetry:
             self._routing_to_board(record, step)
 
     def _routing_to_board(self, record: dict[str, Any], step: int) -> None:
-        """Of each layer: the largest load of an expert, and the mean entropy."""
+        """Writes each layer's largest expert load and mean router entropy to TensorBoard."""
         for layer, load in enumerate(record["expert_load"]):
             self._board.add_scalar(f"max_expert_load/layer_{layer}", np.max(load), step)
         for layer, entropy in enumerate(record["router_entropy"]):

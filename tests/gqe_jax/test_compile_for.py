@@ -183,7 +183,7 @@ def test_the_estimate_is_that_of_a_hand_worked_case():
         costs, crossings, CHIPS["v5e"], devices=10, tokens=3000, model_flops=10 * 197e12
     )
     assert (guess.compute, guess.hbm, guess.ici, guess.dcn) == (2.0, 2.0, 3.0, 1.0)
-    assert (guess.seconds, guess.in_turn, guess.bound_by) == (3.0, 8.0, "ICI")
+    assert (guess.seconds, guess.serial, guess.bound_by) == (3.0, 8.0, "ICI")
     assert guess.tokens_per_second == 1000
     np.testing.assert_allclose(guess.model_flop_utilisation, 1 / 3)
 

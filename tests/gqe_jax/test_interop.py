@@ -276,11 +276,14 @@ def tied(tensors):
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(QUERY), f"{QUERY} is missing"),
-        (renamed, f"{QUERY} is missing; model.layers.1.attn.q.weight in .*safetensors does not"),
+        (
+            renamed,
+            f"{QUERY} is missing; model.layers.1.attn.q.weight in .*safetensors is unexpected",
+        ),
         (transposed, rf"safetensors: tensor {QUERY} has shape \(32, 16\); .* be \(64, 32\)"),
         (integers, f"safetensors: tensor {QUERY} has type I32; it must be one of F32, BF16"),
         (doubles, "safetensors: tensor model.norm.weight has type F64"),
-        (extra, r"model.layers.1.self_attn.q_proj.bias in .*safetensors does not belong"),
+        (extra, r"model.layers.1.self_attn.q_proj.bias in .*safetensors is unexpected"),
         (untied, "safetensors: tensor lm_head.weight differs from model.embed_tokens.weight"),
         (tied, None),
     ],
@@ -346,7 +349,7 @@ def test_damaged_files_are_named(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; it must be llama or qwen3"),
-        ({"attention_bias": True}, "attention_bias is True; our model computes only False"),
+        ({"attention_bias": True}, "attention_bias is True; our model supports only False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": None}, "hidden_size is None; it must be an integer"),
         ({"num_key_value_heads": 3}, "num_query_experts is 4; it must be a multiple"),
