@@ -1,6 +1,7 @@
-"""Eight simulated devices for every test, programs compiled fast, a reason for those on a GPU."""
+"""Eight simulated devices for every test, programs compiled fast, reasons for what is skipped."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -29,10 +30,12 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _skip_without_gpu(request):
-    if request.node.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+def pytest_runtest_setup(item):
+    """Skips what this machine cannot run, before the fixtures of the test are made."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU, and this machine has none that JAX can use")
+    if item.get_closest_marker("libtpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu, which exists for x86-64 Linux: pip install -e '.[tpu]'")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -64,6 +64,7 @@ def small(command: str, **changes: str) -> list[str]:
     return shlex.split(command.split("  #")[0])[1:]
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
     "command",
     # The others have no flags but these.

@@ -59,6 +59,7 @@ def test_the_two_commands_install_and_then_train_or_test():
         "pip install -r requirements.txt && python train.py",
         'pip install -e ".[test]" && python -m pytest',
     ]
+    assert (REPOSITORY / "requirements.txt").read_text() == "-e .\n"
 
 
 def test_the_map_names_what_is_there():

@@ -1,6 +1,5 @@
 """The reader of TPU schedules, against a recorded dump whose bundles were counted by hand."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -24,10 +23,6 @@ UTILIZATION = (DATA / "tiny-pre-delay-utilization.txt").read_text()
 ONCE, STEP, EVEN = 16 + 9, 13 + 8, 25
 ISSUED_ONCE, ISSUED_STEP, ISSUED_EVEN = ONCE - 5, STEP - 5, EVEN - 17
 TINY = "tests.benchmarks.tiny_case:tiny"
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install .[tpu]"
-)
 
 
 def tiny(bundles: str = BUNDLES, utilization: str = UTILIZATION, delay_slots: int = 4):
@@ -257,7 +252,7 @@ def test_the_command_line_refuses(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_compiles_and_reads_a_kernel(tmp_path, capsys):
     path = tmp_path / "tiny.json"
     tpu_schedule.main(["--case", TINY, "--chip", "v6e", "--json", str(path)])

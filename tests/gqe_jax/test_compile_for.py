@@ -228,7 +228,11 @@ def test_configurations_divide_over_every_slice(name):
     ("arguments", "message"),
     [
         (("v9:2x2",), "must be a chip (v5e, v5p, v6e, tpu7x)"),
-        (("v5e:3x5",), "compile_for is 'v5e:3x5'; it must be a chip"),
+        pytest.param(
+            ("v5e:3x5",),
+            "compile_for is 'v5e:3x5'; it must be a chip",
+            marks=pytest.mark.libtpu,
+        ),
         (("v5e",), "such as v5e:16x16"),
         (("v5e:2x2", 0), "num_slices is 0; it must be positive"),
     ],
@@ -238,6 +242,7 @@ def test_an_unknown_topology_is_named_with_the_known(arguments, message):
         get_topology(*arguments)
 
 
+@pytest.mark.libtpu
 def test_links_follow_the_torus():
     v5e, v5p = get_topology("v5e:16x16"), get_topology("v5p:4x4x8")
     row = [device for device in v5e.devices if device.coords[1] == 0]
@@ -247,6 +252,7 @@ def test_links_follow_the_torus():
     assert v5p.links(list(v5p.devices)) == 6
 
 
+@pytest.mark.libtpu
 def test_slices_are_parted_by_the_data_axis():
     from gqe_jax.sharding import make_mesh
 
@@ -258,6 +264,7 @@ def test_slices_are_parted_by_the_data_axis():
         make_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
+@pytest.mark.libtpu
 def test_an_axis_can_be_part_of_a_dimension_of_the_network():
     """8 x 8 on a torus of 4 x 4 x 4, whose dimensions make only 4, 16 and 64 together."""
     from gqe_jax.sharding import make_mesh
@@ -291,6 +298,7 @@ def compiled():
     return compile_step(SMALL, get_topology("v5e:2x2"))
 
 
+@pytest.mark.libtpu
 def test_a_step_compiled_for_a_slice_that_is_not_here(compiled):
     memory, costs = compiled.memory, compiled.costs
     assert memory.parameters == 4 * (count_parameters(SMALL.model) - 7 * 128) // 2 + 4 * 7 * 128
@@ -312,6 +320,7 @@ def test_a_step_compiled_for_a_slice_that_is_not_here(compiled):
     assert "of 16 GiB" in shown
 
 
+@pytest.mark.libtpu
 def test_a_step_that_does_not_fit_says_what_to_change():
     """33 million rows of the embedding whole on each chip: 16 GiB, and two moments of it."""
     model = dataclasses.replace(SMALL.model, num_layers=1, vocab_size=2**25, remat="keep_dots")
@@ -348,6 +357,7 @@ def test_remedies_of_an_evaluation_leave_out_what_is_of_training():
     assert "remat" not in found
 
 
+@pytest.mark.libtpu
 def test_an_evaluation_needs_no_rows_for_every_part():
     """`SMALL` accumulates over two parts, of which a chip would have half a sequence."""
     few = dataclasses.replace(SMALL, mesh=MeshConfig(data=4), batch_size=4)
@@ -370,6 +380,7 @@ def test_options_that_cannot_work_are_named_before_the_compile(options, message)
         CompileOptions(**options)
 
 
+@pytest.mark.libtpu
 def test_sweep_tries_only_meshes_that_can_work():
     tried = [mesh.sizes for mesh in shapes(SMALL, get_topology("v5e:2x2"))]
     assert tried[0] == {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}

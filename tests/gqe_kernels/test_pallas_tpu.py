@@ -153,6 +153,7 @@ def compiled_for(chip: str, function, *arguments):
         return jax.jit(function).lower(*abstract).compile()
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
     ("chip", "case", "dtype"),
     COMPILED,
@@ -175,6 +176,7 @@ def test_default_compiles_to_the_kernel_on(chip, case, dtype):
     assert sorted(names) == ["gqe_backward", "gqe_backward_prepare", "gqe_forward"]
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
