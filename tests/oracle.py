@@ -1,4 +1,4 @@
-"""An independent Grouped Query Experts, written from paper.md alone: float64, one head at a time.
+"""An independent Grouped Query Experts, written from arXiv 2606.20945: float64, head by head.
 
 `xp` is NumPy for values, or `jax.numpy` under `jax.enable_x64` for gradients of the same lines.
 """
@@ -20,7 +20,7 @@ def query_positions(batch, q_len, q_offset):
 
 
 def visible(position, kv_len, causal, q_segment, kv_segment):
-    """Of one row of the batch: mask [q_len, kv_len]."""
+    """The mask [q_len, kv_len] of one row of the batch."""
     mask = np.ones((len(position), kv_len), bool)
     if causal:
         mask &= np.arange(kv_len) <= position[:, None]
@@ -57,7 +57,7 @@ def routed_attention(
     kv_segment_ids=None,
     q_offset=0,
 ):
-    """The slots, by loops over batch, group and rank; steps 4 and 5 of paper.md's layer."""
+    """The slots, by loops over batch, group and rank."""
     batch, q_len, groups, _, head_dim = query.shape
     kv_len, k = key.shape[1], expert_index.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
@@ -125,7 +125,7 @@ def select(params, x, k):
 def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
     """The whole layer [B, T, d] → ([B, T, d], load-balancing loss), all four variants.
 
-    `params` maps design.md's names to float64 arrays; `index` is `select`'s.
+    `params` maps the names of the parameters to float64 arrays; `index` is `select`'s.
     """
     batch, length, _ = x.shape
     groups, experts, k = config.num_kv_heads, config.experts_per_group, config.top_k

@@ -19,7 +19,7 @@ from gqe_jax.training.optimizer import (
 
 
 def zclip_in_python(norms, alpha=0.97, threshold=2.5, warmup=25, cap=1.0):
-    """arXiv 2504.02507 as paper.md puts it: the norms that pass, in order."""
+    """ZClip by arXiv 2504.02507, in plain Python: the clipped norms, in order."""
     collected, passed, mean, variance = [], [], None, None
     for norm in norms:
         if len(collected) < warmup:

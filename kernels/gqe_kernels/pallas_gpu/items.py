@@ -1,7 +1,7 @@
 """A persistent grid: a thread block for each multiprocessor takes one item of work after another.
 
-An item is a tile of one head. What it needs once, its own queries say, has two slots in shared
-memory, so that the next item's are fetched while this one's results are on their way out.
+An item is a tile of one head. Each item's own data, such as its queries, is double-buffered in
+shared memory: the next item's is fetched while this one's results are written.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS
 
 
 class Items(NamedTuple):
-    """What there is to do: every tile of every head, those of the longest rows first.
+    """The items of a launch: every tile of every head, those with the most work first.
 
     Attributes:
       descending: the last tile is the longest; else the first.
@@ -35,12 +35,12 @@ class Items(NamedTuple):
 
     @property
     def grid(self) -> tuple[int]:
-        """Of the kernel; its axis is "program"."""
+        """The grid of the kernel; its axis is "program"."""
         return (min(self.programs, math.prod(self[:3])),)
 
 
 def multiprocessors() -> int:
-    """Of the GPU that is here; where none is, of the one that is compiled for."""
+    """The multiprocessors of the GPU here; without one, of the GPU that is compiled for."""
     if jax.default_backend() != "gpu":
         return H200_MULTIPROCESSORS
     return getattr(jax.devices()[0], "core_count", None) or H200_MULTIPROCESSORS
@@ -64,10 +64,10 @@ def launch(
 
 
 def share_out(items: Items, fetch: Callable[..., Any], compute: Callable[..., Any]) -> None:
-    """Runs what fetches in one warpgroup and what computes in the others, item after item.
+    """Runs `fetch` in one warpgroup and `compute` in the others, for each item.
 
     Args:
-      fetch, compute: as the body of `for_each`; carried on are the steps done so far.
+      fetch, compute: bodies of `for_each`, which carry the number of steps done so far.
     """
     warpgroup = lax.axis_index("warpgroup")
 
@@ -86,8 +86,8 @@ def share_out(items: Items, fetch: Callable[..., Any], compute: Callable[..., An
 def for_each[Carry](items: Items, body: Callable[..., Carry], carry: Carry) -> Carry:
     """Runs `carry = body(number, tile, batch, head, carry)` for each item of this thread block.
 
-    Items go around the thread blocks from the first to the last and back, which evens out what
-    each gets: they become shorter from round to round.
+    Items are dealt to the thread blocks from the first to the last and back, which balances the
+    load: items become shorter from round to round.
 
     Args:
       body: `number` counts this block's items.
@@ -113,7 +113,7 @@ def for_each[Carry](items: Items, body: Callable[..., Carry], carry: Carry) -> C
 
 
 def free_slot(number, consumed):
-    """The slot of an item's own blocks, when those of the item before the last are done with."""
+    """The slot for an item's own data, once the item before the last has released it."""
     slot = lax.rem(number, jnp.int32(SLOTS))
     pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(consumed.at[slot]))
     return slot
