@@ -102,8 +102,7 @@ def contenders(scale: ModelScale, platform: str, case: SpeedCase, known: Known) 
         return op(case, scale, platform)
     if case.level == "projection":
         return experts.projection(case, scale)
-    build = {"layer": whole.layer, "model": whole.model, "step": whole.step}[case.level]
-    return build(case, scale, platform, known)
+    return whole.contenders(case, scale, platform, known)
 
 
 def main(arguments: list[str] | None = None) -> None:

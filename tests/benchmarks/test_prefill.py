@@ -64,9 +64,14 @@ class Clock:
             assert times == 1
             if error:
                 raise error
-            return types.SimpleNamespace(compile=lambda compiler_options: Program(call))
+            return types.SimpleNamespace(compile=lambda _: Program(call))
 
-        return timing.Contender(name, side, lower, (), flops=2e12, options=options)
+        return Lowered(name, side, lower, (), flops=2e12, options=options)
+
+
+class Lowered(timing.Contender):
+    def lower(self, times):
+        return self.function(times)
 
 
 class Program:

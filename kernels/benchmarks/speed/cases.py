@@ -89,12 +89,7 @@ class SpeedCase:
 
 
 def at_lengths(
-    scale: Scale,
-    level: str,
-    training: bool,
-    lengths: Iterable[int],
-    head_dim: int,
-    top_k: int = 1,
+    scale: Scale, level: str, training: bool, lengths: Iterable[int], head_dim: int, top_k: int = 1
 ) -> list[SpeedCase]:
     """A case for each length, with as many sequences as `scale.tokens` holds."""
     return [
