@@ -80,7 +80,7 @@ class SpeedCase:
 
     @property
     def name(self) -> str:
-        """Unique among the cases."""
+        """The key of the case in the results."""
         kind = "forward + backward" if self.training else "forward"
         which = f"k = {self.top_k}"
         if self.experts_per_group is not None:
