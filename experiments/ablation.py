@@ -10,11 +10,11 @@ import json
 import pathlib
 import statistics
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 from configs import CONFIGS
 from gqe_jax.commands import parse, run_command
-from gqe_jax.config import ConfigError, Variant
+from gqe_jax.config import ConfigError, RunConfig, Variant
 from gqe_jax.training.loop import train
 from gqe_jax.training.telemetry import read_metrics
 
@@ -49,20 +49,32 @@ def run_ablation(ablation: AblationConfig) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {variant: [] for variant in get_args(Variant)}
     for seed in range(ablation.seeds):
         for variant in scores:
-            attention = dataclasses.replace(base.model.attention, variant=variant)
-            config = dataclasses.replace(
-                base,
-                model=dataclasses.replace(base.model, attention=attention),
-                run_dir=str(ablation.output / f"{ablation.config}-{variant}-{seed}"),
-                steps=ablation.steps or base.steps,
-                seed=seed,
-            )
-            if int(train(config).step) < config.steps:
-                raise KeyboardInterrupt
-            last = [line for line in read_metrics(config.run_dir) if "eval_loss" in line][-1]
-            scores[variant].append(last["eval_bits_per_byte"])
+            run_dir = ablation.output / f"{ablation.config}-{variant}-{seed}"
+            steps = ablation.steps or base.steps
+            config = variant_run(base, variant, run_dir=str(run_dir), steps=steps, seed=seed)
+            scores[variant].append(trained(config))
     (ablation.output / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
     return scores
+
+
+def variant_run(base: RunConfig, variant: str, **fields: Any) -> RunConfig:
+    """`base` with another variant, and other fields of the run."""
+    attention = dataclasses.replace(base.model.attention, variant=variant)
+    model = dataclasses.replace(base.model, attention=attention)
+    return dataclasses.replace(base, model=model, **fields)
+
+
+def trained(config: RunConfig) -> float:
+    """Trains a run to its end; the held-out bits per byte of its last evaluation.
+
+    Raises:
+      KeyboardInterrupt: it was stopped.
+    """
+    train(config)
+    scored = [line for line in read_metrics(config.run_dir) if "eval_loss" in line]
+    if not scored or scored[-1]["step"] < config.steps:
+        raise KeyboardInterrupt
+    return scored[-1]["eval_bits_per_byte"]
 
 
 def table(scores: dict[str, list[float]]) -> str:

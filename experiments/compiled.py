@@ -100,15 +100,13 @@ def run_table(
     Raises:
       ConfigError: rows are missing, and the others were compiled by other versions.
     """
-    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
-    kept = {"versions": versions, "compiled": {}}
-    if config.kept.exists():
-        kept = json.loads(config.kept.read_text())
+    kept = json.loads(config.kept.read_text()) if config.kept.exists() else {"compiled": {}}
 
     def figures(*arguments: str) -> Figures:
         command = " ".join(arguments)
         if command not in kept["compiled"]:
-            if kept["versions"] != versions:
+            versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+            if kept.setdefault("versions", versions) != versions:
                 raise ConfigError(
                     f"{config.kept} lacks a row, and is of {kept['versions']}, not {versions}: "
                     "delete it to compile all rows"

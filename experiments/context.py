@@ -7,6 +7,7 @@ that are not here. The ring sends what a shard holds to its neighbour while it a
 combines the parts by their logsumexp; both leave out the weighted slot, which is a sum of slots.
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -20,75 +21,68 @@ from gqe_jax.compile_for.costs import count
 from gqe_jax.compile_for.estimate import estimate, with_links
 from gqe_jax.compile_for.topology import Topology, get_topology
 from gqe_jax.config import MeshConfig
-from gqe_jax.model.sharded_attention import sharded_routed_attention
+from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.sharding import make_mesh
+from gqe_kernels.api import get_attention
 from gqe_kernels.chips import GIB
+from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.forward import forward
-from gqe_kernels.pallas_tpu.layout import Layout
-from gqe_kernels.pallas_tpu.schedule import Masking
+from gqe_kernels.pallas_tpu.layout import Layout, flatten
+from gqe_kernels.reference import mean_over_groups
 
 LENGTH, GROUP, EXPERT, HEAD_DIM = 131_072, 8, 4, 128  # gqe_7b_128k
+SCALE = HEAD_DIM**-0.5
 TOPOLOGIES = {8: "v5p:2x2x2", 64: "v5p:4x4x4"}
 
 
-def gathered(query, key, value, expert_index, shared_query):
+def gathered(routed: Routed) -> Slots:
     """What the model does."""
-    return sharded_routed_attention(
-        query=query,
-        key=key,
-        value=value,
-        expert_index=expert_index,
-        slot_weight=None,
-        shared_query=shared_query,
-        shared_key=None,
-        shared_value=None,
-        implementation=None,
-        zigzag=True,
-    )
+    return sharded(get_attention(), zigzag=True)(routed, Mask(), SCALE)
 
 
-def ring(query, key, value, expert_index, shared_query):
+def ring(routed: Routed) -> Slots:
     """The same by a ring of the context axis."""
     spec = PartitionSpec(None, "context")
-    return jax.shard_map(_ring_of_a_shard, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)(
-        query, key, value, expert_index, shared_query
+    in_specs = (jax.tree.map(lambda _: spec, routed),)
+    return jax.shard_map(_ring_of_a_shard, in_specs=in_specs, out_specs=spec, check_vma=False)(
+        routed
     )
 
 
-def _ring_of_a_shard(query, key, value, expert_index, shared_query):
+def _ring_of_a_shard(routed: Routed) -> Slots:
     shard, shards = jax.lax.axis_index("context"), jax.lax.axis_size("context")
-    batch, length = query.shape[:2]
-    piece = length // 2
-    layout = Layout(GROUP, EXPERT, 1, HEAD_DIM, weighted=False, shared=True)
-    blocks = default_block_sizes(layout, length, piece, query.dtype.itemsize, "v5p", pieces=2)
+    batch, length = routed.query.shape[:2]
+    piece, heads = length // 2, routed.num_hard + 1
+    layout = Layout.of(routed)
+    itemsize = routed.query.dtype.itemsize
+    blocks = default_block_sizes(layout, length, piece, itemsize, "v5p", pieces=2)
+    keys = {
+        "key": routed.key,
+        "value": routed.value,
+        "shared_key": mean_over_groups(routed.key),
+        "shared_value": mean_over_groups(routed.value),
+    }
 
     def positions(of):
         return jnp.stack([of, 2 * shards - 1 - of]) * piece
 
-    def flat(x):
-        return x.reshape(*x.shape[:2], -1)
-
     def attend(held, half, from_shard):
-        """To the early or the late piece of what is held: slots, and their logsumexp."""
-        own = [flat(jax.lax.dynamic_slice_in_dim(x, half * piece, piece, 1)) for x in held]
+        """Slots, and their logsumexp, of attention to the early or the late piece that is held."""
+        part = {
+            name: jax.lax.dynamic_slice_in_dim(x, half * piece, piece, 1)
+            for name, x in held.items()
+        }
         offset = positions(shard) - positions(from_shard)[half]
         slots, logsumexp = forward(
-            flat(query),
-            *own[:2],
-            flat(expert_index),
-            None,
-            shared_query,
-            *own[2:],
-            Masking(jnp.broadcast_to(offset, (batch, 2)), None, None),
+            flatten(layout, dataclasses.replace(routed, **part)),
+            Mask(jnp.broadcast_to(offset, (batch, 2))),
             layout=layout,
-            causal=True,
-            static_offset=None,
-            scale=HEAD_DIM**-0.5,
+            scale=SCALE,
             blocks=blocks,
         )
-        slots = slots.reshape(batch, length, layout.heads, HEAD_DIM).astype(jnp.float32)
-        return slots, jnp.swapaxes(logsumexp[:, : layout.heads, :length], 1, 2)
+        slots = slots.reshape(batch, length, heads, HEAD_DIM).astype(jnp.float32)
+        return slots, jnp.swapaxes(logsumexp[:, :heads, :length], 1, 2)
 
     def step(carry, number):
         held, slots, logsumexp = carry
@@ -99,14 +93,13 @@ def _ring_of_a_shard(query, key, value, expert_index, shared_query):
             slots += jnp.exp2(of_more - both)[..., None] * more
             logsumexp = both
         following = [(i, (i + 1) % shards) for i in range(shards)]
-        held = [jax.lax.ppermute(x, "context", following) for x in held]
+        held = {name: jax.lax.ppermute(x, "context", following) for name, x in held.items()}
         return (held, slots, logsumexp), None
 
-    means = [jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype) for x in (key, value)]
-    shape = (batch, length, layout.heads)
+    shape = (batch, length, heads)
     start = jnp.zeros((*shape, HEAD_DIM), jnp.float32), jnp.full(shape, -1e30, jnp.float32)
-    (_, slots, _), _ = jax.lax.scan(step, ([key, value, *means], *start), jnp.arange(shards))
-    return slots.astype(query.dtype)
+    (_, slots, _), _ = jax.lax.scan(step, (keys, *start), jnp.arange(shards))
+    return slots.astype(routed.query.dtype)
 
 
 def row(name: str, function, topology: Topology) -> str:
@@ -115,15 +108,15 @@ def row(name: str, function, topology: Topology) -> str:
     sharding = NamedSharding(mesh, PartitionSpec(None, "context"))
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=sharding)
     heads = (1, LENGTH, GROUP)
-    arguments = (
-        like((*heads, EXPERT, HEAD_DIM)),
-        like((*heads, HEAD_DIM)),
-        like((*heads, HEAD_DIM)),
-        jax.ShapeDtypeStruct((*heads, 1), jnp.int32, sharding=sharding),
-        like((1, LENGTH, HEAD_DIM)),
+    routed = Routed(
+        query=like((*heads, EXPERT, HEAD_DIM)),
+        key=like((*heads, HEAD_DIM)),
+        value=like((*heads, HEAD_DIM)),
+        expert_index=like((*heads, 1), dtype=jnp.int32),
+        shared_query=like((1, LENGTH, HEAD_DIM)),
     )
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function, out_shardings=sharding).lower(*arguments).compile()
+        compiled = jax.jit(function, out_shardings=sharding).lower(routed).compile()
     program = hlo.parse(compiled.as_text())
     costs, crossing = count(program), collectives(program, mesh.shape)
     guess = estimate(

@@ -8,6 +8,7 @@ both. Weights are random and the cache holds `context` random keys and values fo
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import platform
@@ -132,28 +133,28 @@ def main(arguments: list[str] | None = None) -> None:
     device = jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     config = dataclasses.replace(CONFIGS[options.config].model, dtype=dtype)
-    results = {
-        "config": options.config,
-        "device": f"{platform.processor() or platform.machine()}, {device.device_kind}",
-        "versions": {"jax": jax.__version__, "flax": flax.__version__},
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "cases": [],
-    }
     print("| batch | context | GQE tokens/s | GQA tokens/s | GQE / GQA | its quartiles |")
     print("|---|---|---|---|---|---|")
-    for batch in options.batch:
-        for context in options.context:
-            case = compare(config, batch, context, options.steps, options.rounds)
-            results["cases"].append(case)
-            gqe, gqa = (case["tokens_per_second"][name]["median"] for name in ("gqe", "gqa"))
-            ratio = case["gqe_over_gqa"]
-            print(
-                f"| {batch} | {context} | {gqe:.1f} | {gqa:.1f} | {ratio['median']:.2f} | "
-                f"{ratio['q1']:.2f} to {ratio['q3']:.2f} |",
-                flush=True,
-            )
+    cases = []
+    for batch, context in itertools.product(options.batch, options.context):
+        case = compare(config, batch, context, options.steps, options.rounds)
+        cases.append(case)
+        gqe, gqa = (case["tokens_per_second"][name]["median"] for name in ("gqe", "gqa"))
+        ratio = case["gqe_over_gqa"]
+        print(
+            f"| {batch} | {context} | {gqe:.1f} | {gqa:.1f} | {ratio['median']:.2f} | "
+            f"{ratio['q1']:.2f} to {ratio['q3']:.2f} |",
+            flush=True,
+        )
     if options.json:
+        results = {
+            "config": options.config,
+            "device": f"{platform.processor() or platform.machine()}, {device.device_kind}",
+            "versions": {"jax": jax.__version__, "flax": flax.__version__},
+            "steps": options.steps,
+            "rounds": options.rounds,
+            "cases": cases,
+        }
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

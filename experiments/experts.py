@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.whole import ModelScale
-from kernels.benchmarks.speed.arrays import contender, normal, selection, with_gradients
+from kernels.benchmarks.speed.arrays import normal, selection, with_gradients
 from kernels.benchmarks.speed.cases import SpeedCase
 from kernels.benchmarks.speed.timing import Contender
 
@@ -36,7 +36,7 @@ def projection(case: SpeedCase, scale: ModelScale) -> list[Contender]:
             return function(*floats)
 
         first = (lambda result: result[0]) if case.training else (lambda result: result)
-        found.append(contender(name, side, timed, arguments, heads * flops_of_a_head, slots=first))
+        found.append(Contender(name, side, timed, arguments, heads * flops_of_a_head, slots=first))
     return found
 
 

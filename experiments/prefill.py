@@ -20,7 +20,7 @@ from configs import CONFIGS
 from experiments import experts, whole
 from experiments.whole import ModelScale
 from gqe_jax.commands import parse
-from gqe_jax.config import AttentionConfig, ConfigError, ModelConfig
+from gqe_jax.config import AttentionConfig, ModelConfig
 from kernels.benchmarks.command_line import typed
 from kernels.benchmarks.prefill import SpeedOptions, is_small, run
 from kernels.benchmarks.speed import cases as sizes
@@ -54,9 +54,6 @@ class PrefillConfig(SpeedOptions):
     )
     """The attention op, the attention layer, the model's prefill and its gradients, the training
     step, and the ways to project queries where a group has many experts."""
-
-    def __post_init__(self) -> None:
-        self.check(ConfigError)
 
 
 def cases(scale: ModelScale) -> list[SpeedCase]:
@@ -102,8 +99,7 @@ def contenders(scale: ModelScale, platform: str, case: SpeedCase, known: Known) 
         return op(case, scale, platform)
     if case.level == "projection":
         return experts.projection(case, scale)
-    build = {"layer": whole.layer, "model": whole.model, "step": whole.step}[case.level]
-    return build(case, scale, platform, known)
+    return whole.contenders(case, scale, platform, known)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -81,14 +81,18 @@ FORMS = {"one each": None, "by group": by_group, "all in one": all_in_one}
 MERGED_BY_XLA = {"xla_gpu_dot_merger_threshold_mb": 512}
 
 
-def with_projections(
-    layer: attention.GroupedQueryExperts, x: jax.Array, project: Callable[..., Projected] | None
-) -> attention.GroupedQueryExperts:
-    """The layer with the projections of `x` that `project` returns."""
-    if project is not None:
-        for name, found in project(layer, x).items():
-            setattr(layer, name, lambda _, found=found: found)
-    return layer
+def use_projections(module: nnx.Module, project: Callable[..., Projected] | None) -> None:
+    """Makes the routed layers in `module` take their projections from `project`."""
+
+    class ProjectedExperts(attention.GroupedQueryExperts):
+        def __call__(self, x, **given):
+            for name, found in project(self, x).items():
+                setattr(self, name, lambda _, found=found: found)
+            return super().__call__(x, **given)
+
+    for _, layer in nnx.iter_modules(module):
+        if project is not None and isinstance(layer, attention.GroupedQueryExperts):
+            layer.__class__ = ProjectedExperts
 
 
 def device(chip: str) -> jax.Device:
@@ -119,15 +123,17 @@ def programs(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    make = functools.partial(
-        attention.make_attention, config.attention, dtype=dtype, implementation=implementation
-    )
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    def split(create):
+        module = nnx.eval_shape(create)
+        use_projections(module, project)
+        return nnx.split(module)
+
+    layer = functools.partial(attention.make_attention, config.attention, dtype=dtype)
+    graphdef, params = split(lambda: layer(implementation=implementation, rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), dtype, sharding=sharding)
 
     def forward(params, x):
-        layer = with_projections(nnx.merge(graphdef, params), x, project)
-        y, aux, _ = layer(x)
+        y, aux, _ = nnx.merge(graphdef, params)(x)
         return y, aux.load_balancing_loss
 
     def both(params, x, cotangent):
@@ -137,20 +143,11 @@ def programs(
     yield "layer, forward", jax.jit(forward).lower(like(params), x).compile(flags)
     yield "layer, both", jax.jit(both).lower(like(params), x, x).compile(flags)
 
-    whole = functools.partial(Transformer, config, implementation=implementation)
-    model_def, params = nnx.split(nnx.eval_shape(lambda: whole(rngs=nnx.Rngs(0))))
+    model = functools.partial(Transformer, config)
+    model_def, params = split(lambda: model(implementation=implementation, rngs=nnx.Rngs(0)))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
-    call = attention.GroupedQueryExperts.__call__
-
-    def projected(self, x, **given):
-        return call(with_projections(self, x, project), x, **given)
-
-    attention.GroupedQueryExperts.__call__ = projected
-    try:
-        prefill = jax.jit(lambda params, tokens: nnx.merge(model_def, params)(tokens)[0])
-        yield "model, forward", prefill.lower(like(params), tokens).compile(flags)
-    finally:
-        attention.GroupedQueryExperts.__call__ = call
+    prefill = jax.jit(lambda params, tokens: nnx.merge(model_def, params)(tokens)[0])
+    yield "model, forward", prefill.lower(like(params), tokens).compile(flags)
 
 
 def tpu_cells(compiled: jax.stages.Compiled) -> list[str]:

@@ -16,14 +16,13 @@ from typing import get_args
 import jax
 
 from configs import CONFIGS
+from experiments.ablation import trained, variant_run
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.evaluation.run import defaults_for, evaluate_run
 from gqe_jax.interop.upcycle import Start, UpcycleConfig, upcycle
 from gqe_jax.runs import SPREAD, Run, load_config, write_run
 from gqe_jax.sharding import make_mesh
-from gqe_jax.training.loop import train
-from gqe_jax.training.telemetry import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ def run_upcycling(config: UpcyclingConfig) -> dict[str, dict[str, list[float]]]:
 
     for seed in range(config.seeds):
         dense = _run(config, "gqa", config.dense_steps, seed)
-        add("dense", "before", _trained(dense))
+        add("dense", "before", trained(dense))
         for row, start, distill in _conversions():
             output = config.output / f"{row.replace(' ', '-')}-{seed}"
             if not output.exists():
@@ -80,19 +79,19 @@ def run_upcycling(config: UpcyclingConfig) -> dict[str, dict[str, list[float]]]:
                     )
                 )
             add(f"GQE, {row}", "before", _converted(config, output))
-            add(f"GQE, {row}", "after", _trained(load_config(output)))
+            add(f"GQE, {row}", "after", trained(load_config(output)))
         more = config.output / f"dense-more-{seed}"
         if not more.exists():
             found = Run.find(dense.run_dir)
             _, params = found.load(make_mesh(SPREAD))
             run = dataclasses.replace(found.config, run_dir=str(more), steps=config.healing_steps)
             write_run(run, params, None)
-        add("dense, trained on", "after", _trained(load_config(more)))
+        add("dense, trained on", "after", trained(load_config(more)))
         for row, steps in (
             ("GQE from scratch, the extra steps alone", config.healing_steps),
             ("GQE from scratch, all steps", config.dense_steps + config.healing_steps),
         ):
-            add(row, "after", _trained(_run(config, "gqe", steps, seed)))
+            add(row, "after", trained(_run(config, "gqe", steps, seed)))
     (config.output / "upcycling.json").write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -103,11 +102,9 @@ def _conversions() -> list[tuple[str, Start, bool]]:
 
 
 def _run(config: UpcyclingConfig, variant: str, steps: int, seed: int) -> RunConfig:
-    base = CONFIGS[config.config]
-    attention = dataclasses.replace(base.model.attention, variant=variant)
-    return dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, attention=attention),
+    return variant_run(
+        CONFIGS[config.config],
+        variant,
         run_dir=str(config.output / f"{variant}-{steps}-{seed}"),
         steps=steps,
         seed=seed,
@@ -125,14 +122,6 @@ def _converted(config: UpcyclingConfig, output: pathlib.Path) -> float:
         )
         path.write_text(json.dumps(evaluate_run(evaluation).held_out.bits_per_byte))
     return json.loads(path.read_text())
-
-
-def _trained(config: RunConfig) -> float:
-    train(config)
-    scored = [line for line in read_metrics(config.run_dir) if "eval_loss" in line]
-    if not scored or scored[-1]["step"] < config.steps:
-        raise KeyboardInterrupt
-    return scored[-1]["eval_bits_per_byte"]
 
 
 def table(scores: dict[str, dict[str, list[float]]]) -> str:

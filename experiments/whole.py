@@ -1,6 +1,5 @@
-"""Contenders at the levels above the op: the layer, the model, the training step."""
+"""Contenders at the levels above the op: the attention layer, the model, the training step."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -11,18 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import CONFIGS
-from gqe_jax.config import AttentionConfig, MeshConfig, ModelConfig, Variant
+from gqe_jax.config import AttentionConfig, MeshConfig, ModelConfig, RunConfig, Variant
 from gqe_jax.data import Batch
-from gqe_jax.model import attention as layers
-from gqe_jax.model.flops import matmul_flops_per_token
+from gqe_jax.model.attention import make_attention
+from gqe_jax.model.flops import matmul_flops_per_token, projection_flops_per_token
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
 from gqe_jax.training.steps import forward_loss, make_steps
-from kernels.benchmarks.speed.arrays import contender, normal
+from gqe_kernels.contract import Implementation
+from kernels.benchmarks.speed.arrays import normal, with_gradients
 from kernels.benchmarks.speed.cases import Scale, SpeedCase
 from kernels.benchmarks.speed.document import Known
 from kernels.benchmarks.speed.op import attention_flops
-from kernels.benchmarks.speed.peers import Peer, implementations, peers
+from kernels.benchmarks.speed.peers import implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
 # XLA merges products of one input where they are small; with this limit, in MB, also those of
@@ -43,8 +43,8 @@ class ModelScale(Scale):
     step_lengths: tuple[int, ...]
 
 
-def model_config(case: SpeedCase, scale: ModelScale, variant: Variant) -> ModelConfig:
-    """The model of a case."""
+def run_config(case: SpeedCase, scale: ModelScale, variant: Variant) -> RunConfig:
+    """The run whose layer, model or step a case times."""
     attention = dataclasses.replace(
         scale.model.attention,
         variant=variant,
@@ -53,17 +53,19 @@ def model_config(case: SpeedCase, scale: ModelScale, variant: Variant) -> ModelC
         num_query_experts=scale.heads,
         num_kv_heads=scale.groups // case.top_k,
     )
-    return dataclasses.replace(scale.model, attention=attention)
+    return dataclasses.replace(
+        CONFIGS["gqe_250m"],
+        model=dataclasses.replace(scale.model, attention=attention),
+        mesh=MeshConfig(data=1),
+        batch_size=case.batch,
+        sequence_length=case.length,
+    )
 
 
-def layer_flops(config: AttentionConfig, length: int, batch: int, *, training: bool) -> int:
+def layer_flops(config: AttentionConfig, length: int, batch: int, *, training: bool) -> float:
     """Floating-point operations of an attention layer: its projections, router and heads."""
-    embed, head_dim = config.embed_dim, config.resolved_head_dim
-    columns = head_dim * (config.num_query_experts + 2 * config.num_kv_heads + config.num_slots)
-    if config.variant == "gqe":
-        columns += head_dim + config.num_query_experts
-    products = 2 * length * batch * embed * columns * (3 if training else 1)
-    heads = config.num_active_heads
+    heads, head_dim = config.num_active_heads, config.resolved_head_dim
+    products = length * batch * projection_flops_per_token(config) * (3 if training else 1)
     return products + attention_flops(heads, head_dim, length, batch, training=training)
 
 
@@ -76,146 +78,100 @@ def model_flops(config: ModelConfig, length: int, batch: int, *, training: bool)
     return flops - 2 * config.embed_dim * config.vocab_size * (length - 1) * batch
 
 
-@contextlib.contextmanager
-def dense_by(peer: Peer, options: Mapping[str, Any]) -> Iterator[None]:
-    """Within, dense layers are traced with a kernel that need not be one of this project's."""
-    attend, original = peer.whole(options), layers.sharded_dense_attention
+def variants(
+    platform: str, known: Known
+) -> Iterator[tuple[str, Variant, Mapping[str, Any], Implementation]]:
+    """The name, variant, options and attention of each contender.
 
-    def attention(*, query, key, value, **_):
-        return attend(query.reshape(*query.shape[:2], -1, query.shape[-1]), key, value)
-
-    layers.sharded_dense_attention = attention
-    try:
-        yield
-    finally:
-        layers.sharded_dense_attention = original
-
-
-def _variants(platform: str, known: Known) -> Iterator[tuple[str, str, dict, Callable]]:
-    """(name, variant, options, context to trace in) of each contender."""
+    Args:
+      known: the kernels that were best in the op; where it has not been timed, GQE runs the
+        platform's kernel, and dense layers run every peer.
+    """
     ours = [name for side, name in known if side == "gqe"] or implementations(platform)[:1]
     for name in ours:
-        yield name, "gqe", {}, contextlib.nullcontext
-    if any(side == "dense" for side, _ in known):
-        dense = {name: options for (side, name), options in known.items() if side == "dense"}
-    else:
-        dense = {peer.name: peer.options[0] for peer in peers(platform)}
+        yield name, "gqe", {}, name
+    dense = {name: options for (side, name), options in known.items() if side == "dense"}
     for peer in peers(platform):
-        if peer.name in dense:
-            options = dense[peer.name]
-            yield peer.name, "gqa", dict(options), functools.partial(dense_by, peer, options)
+        if peer.name in dense or not dense:
+            options = dense.get(peer.name, peer.options[0])
+            yield peer.name, "gqa", options, functools.partial(peer.attention, options)
 
 
-def _implementation(name: str, variant: str) -> str | None:
-    return name if variant == "gqe" else None
-
-
-def _side(variant: str) -> str:
-    return "gqe" if variant == "gqe" else "dense"
-
-
-def layer(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
-    """Attention layers, from the residual stream and back to it."""
-    dtype = jnp.dtype(scale.dtype)
-    x = normal(0, (case.batch, case.length, scale.model.embed_dim), dtype)
+def contenders(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
+    """All contenders of a case at the levels "layer", "model" and "step"."""
+    build, merging = {
+        "layer": (_layer, MERGING.get(platform, ({},))),
+        "model": (_model, ({},)),
+        "step": (_step, ({},)),
+    }[case.level]
     found = []
-    for name, variant, options, around in _variants(platform, known):
-        config = model_config(case, scale, variant).attention
-        make = functools.partial(
-            layers.make_attention,
-            config,
-            dtype=dtype,
-            implementation=_implementation(name, variant),
-        )
-        graphdef, params = nnx.split(make(rngs=nnx.Rngs(0)))
-
-        def forward(params, x, graphdef=graphdef):
-            y, aux, _ = nnx.merge(graphdef, params)(x)
-            return y, aux.load_balancing_loss
-
-        def timed(params, x, forward=forward):
-            if not case.training:
-                return forward(params, x)
-            out, vjp = jax.vjp(forward, params, x)
-            return out, vjp((x, jnp.ones(())))
-
-        flops = layer_flops(config, case.length, case.batch, training=case.training)
-        found += [
-            contender(
-                name,
-                _side(variant),
-                timed,
-                (params, x),
-                flops,
-                options,
-                around,
-                compiler_options=flags,
-            )
-            for flags in MERGING.get(platform, ({},))
-        ]
+    for name, variant, options, implementation in variants(platform, known):
+        config = run_config(case, scale, variant)
+        function, arguments, flops = build(case, config, implementation)
+        side = "gqe" if variant == "gqe" else "dense"
+        for flags in merging:
+            given = {"options": {**options, **flags}, "compiler_options": flags}
+            stateful = case.level == "step"
+            one = Contender(name, side, function, arguments, flops, stateful=stateful, **given)
+            found.append(one)
     return found
 
 
-def _tokens(case: SpeedCase, scale: ModelScale) -> jax.Array:
+Built = tuple[Callable[..., Any], tuple[Any, ...], float]
+
+
+def _layer(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+    """The attention layer, from the residual stream and back to it."""
+    attention, dtype = config.model.attention, jnp.dtype(config.model.dtype)
+    layer = make_attention(attention, dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    x = normal(0, (case.batch, case.length, config.model.embed_dim), dtype)
+
+    def forward(params, x):
+        y, aux, _ = nnx.merge(graphdef, params)(x)
+        return y, aux.load_balancing_loss
+
+    flops = layer_flops(attention, case.length, case.batch, training=case.training)
+    arguments = (params, x)
+    if case.training:
+        arguments = ((x, jnp.ones(())), *arguments)
+    return with_gradients(forward, case.training), arguments, flops
+
+
+def _batch(case: SpeedCase, config: RunConfig) -> Batch:
     shape = (case.batch, case.length)
-    return jax.random.randint(jax.random.key(0), shape, 0, scale.model.vocab_size)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
+    return Batch(tokens, tokens, jnp.ones(shape))
 
 
-def model(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
-    """Models: a prefill, or the loss and its gradients."""
-    tokens = _tokens(case, scale)
-    run = CONFIGS["gqe_250m"]
-    found = []
-    for name, variant, options, around in _variants(platform, known):
-        config = model_config(case, scale, variant)
-        implementation = _implementation(name, variant)
-        create = functools.partial(Transformer, config, implementation=implementation)
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0))))
-        params = jax.jit(lambda create=create: nnx.state(create(rngs=nnx.Rngs(0))))()
-        whole_run = dataclasses.replace(run, model=config)
+def _model(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+    """A prefill, or the loss and its gradients."""
 
-        def prefill(params, tokens, graphdef=graphdef):
-            model = nnx.merge(graphdef, params)
-            hidden, _, _ = model(tokens)
-            return model.logits(hidden[:, -1:])
+    def create():
+        return Transformer(config.model, implementation=implementation, rngs=nnx.Rngs(0))
 
-        def gradients(params, tokens, graphdef=graphdef, whole_run=whole_run):
-            batch = Batch(tokens, tokens, jnp.ones(tokens.shape))
-            count = jnp.asarray(tokens.size, jnp.float32)
-            loss = functools.partial(forward_loss, whole_run, graphdef)
-            (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, count)
-            return value, grads
+    graphdef = nnx.graphdef(nnx.eval_shape(create))
+    params = jax.jit(lambda: nnx.state(create()))()
 
-        flops = model_flops(config, case.length, case.batch, training=case.training)
-        function = gradients if case.training else prefill
-        arguments = (params, tokens)
-        found.append(contender(name, _side(variant), function, arguments, flops, options, around))
-    return found
+    def prefill(params, batch):
+        model = nnx.merge(graphdef, params)
+        hidden, _, _ = model(batch.inputs)
+        return model.logits(hidden[:, -1:])
+
+    def gradients(params, batch):
+        count = jnp.asarray(batch.inputs.size, jnp.float32)
+        loss = functools.partial(forward_loss, config, graphdef)
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, count)
+        return value, grads
+
+    flops = model_flops(config.model, case.length, case.batch, training=case.training)
+    function = gradients if case.training else prefill
+    return function, (params, _batch(case, config)), flops
 
 
-def step(case: SpeedCase, scale: ModelScale, platform: str, known: Known) -> list[Contender]:
-    """Training steps as `train.py` runs them, on one device."""
-    tokens = _tokens(case, scale)
-    batch = Batch(tokens, tokens, jnp.ones(tokens.shape))
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    found = []
-    for name, variant, options, around in _variants(platform, known):
-        config = dataclasses.replace(
-            CONFIGS["gqe_250m"],
-            model=model_config(case, scale, variant),
-            mesh=MeshConfig(data=1),
-            batch_size=case.batch,
-            sequence_length=case.length,
-        )
-        steps = make_steps(config, mesh, implementation=_implementation(name, variant))
-        state = steps.layout.init()
-
-        def lower(_, steps=steps, arguments=(state, batch), around=around):
-            with around():
-                return steps.train_step.lower(*arguments)
-
-        flops = model_flops(config.model, case.length, case.batch, training=True)
-        found.append(
-            Contender(name, _side(variant), lower, (state, batch), flops, options, stateful=True)
-        )
-    return found
+def _step(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+    """The step that `train.py` runs, on one device."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    steps = make_steps(config, mesh, implementation=implementation)
+    flops = model_flops(config.model, case.length, case.batch, training=True)
+    return steps.train_step, (steps.layout.init(), _batch(case, config)), flops

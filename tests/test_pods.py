@@ -18,6 +18,7 @@ from configs import CONFIGS
 from experiments.compiled import CompiledConfig, run_table
 from gqe_jax.commands import parse
 from gqe_jax.compile_for.__main__ import forwarded, read_command
+from gqe_jax.config import ConfigError
 from gqe_jax.runs import CONFIG_FILE
 
 REPOSITORY = pathlib.Path(__file__).parents[1]

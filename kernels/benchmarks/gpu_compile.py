@@ -1,13 +1,13 @@
-"""What the compiler says of the GPU kernels, compiled for an H200 that is not here.
+"""Compiles the GPU kernels for an H200 that is not here, and tabulates what ptxas reports.
 
     python -m kernels.benchmarks.gpu_compile
     python -m kernels.benchmarks.gpu_compile --instructions
 
 Needs the extra `cuda`, and no GPU; `--instructions`, which counts what a step of each loop issues,
-also `pip install nvidia-cuda-nvdisasm`. Beside the kernels stands jax's port of FlashAttention-3.
+also `pip install nvidia-cuda-nvdisasm`. jax's port of FlashAttention-3 is compiled for comparison.
 """
 
-import argparse
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -47,37 +48,23 @@ def _like(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def compile_gqe(head_dim: int, segments: bool) -> None:
-    """Forward and backward."""
+    """Compiles this project's kernels, forward and backward."""
 
     def loss(query, key, value, shared_query, weight, index, ids):
-        slots = routed_attention(
-            query,
-            key,
-            value,
-            index,
-            weight,
-            shared_query,
-            q_segment_ids=ids,
-            kv_segment_ids=ids,
-            implementation="pallas_gpu",
-        )
+        given = (query, key, value, index, weight, shared_query)
+        segments = {"q_segment_ids": ids, "kv_segment_ids": ids}
+        slots = routed_attention(*given, **segments, implementation="pallas_gpu")
         return jnp.sum(slots.astype(jnp.float32) ** 2)
 
-    heads = _like(GROUP, head_dim)
-    _compile(
-        jax.grad(loss, argnums=(0, 1, 2, 3, 4)),
-        _like(GROUP, EXPERT, head_dim),
-        heads,
-        heads,
-        _like(head_dim),
-        _like(GROUP, 1),
-        _like(GROUP, 1, dtype=jnp.int32),
-        _like(dtype=jnp.int32) if segments else None,
-    )
+    heads, weight = _like(GROUP, head_dim), _like(GROUP, 1)
+    index, ids = _like(GROUP, 1, dtype=jnp.int32), _like(dtype=jnp.int32) if segments else None
+    query, shared_query = _like(GROUP, EXPERT, head_dim), _like(head_dim)
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3, 4))
+    _compile(gradients, query, heads, heads, shared_query, weight, index, ids)
 
 
 def compile_peer(head_dim: int) -> None:
-    """jax's port of FlashAttention-3, forward and causal, with as many blocks of keys waiting."""
+    """Compiles jax's port of FlashAttention-3, forward, with as many blocks of keys in flight."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     # It asks the CUDA that is here for its version, where the one that compiles matters.
@@ -93,23 +80,16 @@ def compile_peer(head_dim: int) -> None:
 
 
 CASES = {
-    **{
-        f"gqe{' with segments' if segments else ''}, {head_dim}": (
-            functools.partial(compile_gqe, head_dim, segments)
-        )
-        for head_dim in (64, 128)
-        for segments in (False, True)
-    },
-    **{
-        f"attention_mgpu, {head_dim}": functools.partial(compile_peer, head_dim)
-        for head_dim in (64, 128)
-    },
-}
-NAMES = {"entry": "attention_mgpu"}  # of kernels, where their own says little
+    f"gqe{' with segments' if segments else ''}, {head_dim}": (
+        functools.partial(compile_gqe, head_dim, segments)
+    )
+    for head_dim, segments in itertools.product((64, 128), (False, True))
+} | {f"attention_mgpu, {d}": functools.partial(compile_peer, d) for d in (64, 128)}
+NAMES = {"entry": "attention_mgpu"}  # for kernels whose own name says little
 
 
 def _report(case: str, **dumps: str) -> str:
-    """What the compilers say of a case, in a process of its own, whose streams are read."""
+    """What the compilers print for a case; they write to the streams of the process."""
     found = subprocess.run(
         [sys.executable, "-m", "kernels.benchmarks.gpu_compile", "--case", case],
         env=os.environ | {"JAX_PLATFORMS": "cpu", **dumps},
@@ -161,14 +141,23 @@ def _instructions() -> Iterator[str]:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuOptions:
+    """Compile every case, and print a table."""
+
+    instructions: bool = False
+    """Count the instructions in a step of each loop."""
+    case: str | None = None
+    """Only compile this case."""
+
+    def __post_init__(self) -> None:
+        if self.case is not None and self.case not in CASES:
+            raise ValueError(f"case is {self.case!r}; it must be one of {'; '.join(CASES)}")
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--instructions", action="store_true", help="of a step of each loop")
-    parser.add_argument("--case", choices=CASES, help="only compile this one")
-    options = parser.parse_args()
+    options = tyro.cli(GpuOptions, description=__doc__)
     if options.case:
         CASES[options.case]()
         return

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 
-from kernels.benchmarks.command_line import OptionError, parse, typed
+from kernels.benchmarks.command_line import typed
 from kernels.benchmarks.speed import document as documents
 from kernels.benchmarks.speed.cases import FULL, SMALL, Scale, SpeedCase, op_cases
 from kernels.benchmarks.speed.figure import draw
@@ -51,12 +52,11 @@ class SpeedOptions:
     without: tuple[str, ...] = ()
     """Names of contenders to leave out."""
 
-    def check(self, error: type[Exception]) -> None:
-        """Raises `error` if a value cannot work."""
+    def __post_init__(self) -> None:
         if self.rounds < 2:
-            raise error(f"rounds is {self.rounds}; a spread needs at least 2")
+            raise ValueError(f"rounds is {self.rounds}; a spread needs at least 2")
         if self.budget_minutes is not None and self.budget_minutes <= 0:
-            raise error(f"budget_minutes is {self.budget_minutes}; it must be positive")
+            raise ValueError(f"budget_minutes is {self.budget_minutes}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,9 @@ class PrefillOptions(SpeedOptions):
     """The op by all kernels, or by this project's GPU kernel at several block sizes."""
 
     def __post_init__(self) -> None:
-        self.check(OptionError)
+        super().__post_init__()
         if "blocks" in self.levels and jax.default_backend() != "gpu":
-            raise OptionError("levels has blocks, which are a GPU kernel's; there is no GPU here")
+            raise ValueError("levels has blocks, which are a GPU kernel's; there is no GPU here")
 
 
 def run(
@@ -160,7 +160,9 @@ def _progress(case: str) -> Callable[[str], Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     prog = "kernels.benchmarks.prefill"
-    options = parse(PrefillOptions, arguments, prog=prog, description=__doc__)
+    options = tyro.cli(
+        PrefillOptions, prog=f"python -m {prog}", args=arguments, description=__doc__
+    )
     scale = SMALL if is_small(options) else FULL
     cases = [case for case in op_cases(scale) if case.level in options.levels]
     platform = jax.default_backend()

@@ -56,7 +56,7 @@ def loops(text: str) -> list[Loop]:
 
 
 def _functions(text: str):
-    """Of each function: name, instructions without predicates, and what follows each label."""
+    """(name, instructions without predicates, positions of labels) of each function."""
     kernel, code, labels = None, [], {}
     for line in text.splitlines():
         if match := _FUNCTION.match(line):

@@ -24,6 +24,7 @@ from gqe_jax.compile_for.report import as_text
 from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
 from gqe_jax.model.transformer import count_parameters
+from gqe_kernels.chips import CHIPS
 from gqe_kernels.pallas_tpu.cost import visible_pairs
 
 # As libtpu writes it, shortened: a loop of 3 (no note of it) of a gather that runs beside a product

@@ -6,13 +6,14 @@ name of the function under its `pl.when`, or of the first `jax.named_scope` insi
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from gqe_kernels import pallas_tpu
+from gqe_kernels import pallas_tpu, routed_attention
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.layout import Layout
 from gqe_kernels.pallas_tpu.tile import Tiles
@@ -40,42 +41,21 @@ class ScheduledCall:
 
 
 def splash(
-    length: int,
-    head_dim: int,
-    heads: int = 16,
-    kv_heads: int = 8,
-    block_q: int = 512,
-    block_kv: int = 512,
-    block_kv_compute: int = 512,
-    block_q_dkv: int | None = None,
-    block_kv_dkv: int | None = None,
-    block_kv_dkv_compute: int | None = None,
-    block_q_dq: int | None = None,
-    block_kv_dq: int | None = None,
+    length: int, head_dim: int, heads: int = 16, kv_heads: int = 8, **blocks: int
 ) -> ScheduledCall:
     """JAX's splash attention, dense and causal: [heads, length, head_dim], bfloat16.
 
     Args:
-      block_q_dkv, block_kv_dkv, block_kv_dkv_compute: of the backward pass; None: forward only.
-      block_q_dq, block_kv_dq: of the kernel for dQ; None: dQ is found in the kernel for dK and dV.
+      blocks: sizes of splash attention's `BlockSizes`; 512 forward if not given. With
+        `block_q_dkv` and so on there is a backward pass, which has a kernel of its own for dQ if
+        `block_q_dq` and `block_kv_dq` are given.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    backward, fused = block_q_dkv is not None, block_q_dq is None
-    blocks = {
-        "block_q": block_q,
-        "block_kv": block_kv,
-        "block_kv_compute": block_kv_compute,
-        "block_q_dkv": block_q_dkv,
-        "block_kv_dkv": block_kv_dkv,
-        "block_kv_dkv_compute": block_kv_dkv_compute,
-        "block_q_dq": block_q_dq,
-        "block_kv_dq": block_kv_dq,
-    }
-    _check_blocks(length, **{name: size for name, size in blocks.items() if size is not None})
+    blocks = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), 512) | blocks
+    _check_blocks(length, **blocks)
+    backward, fused = "block_q_dkv" in blocks, "block_q_dq" not in blocks
     sizes = kernel.BlockSizes(**blocks, use_fused_bwd_kernel=backward and fused)
 
     def forward(query, key, value):
@@ -87,8 +67,10 @@ def splash(
         jax.ShapeDtypeStruct((h, length, head_dim), jnp.bfloat16) for h in (heads, kv_heads)
     )
 
-    def runs(q: int, kv: int, ends: int) -> dict[str, int]:
-        """`ends`: how often a sum starts and ends."""
+    def runs(of: str, sums_of_keys: bool = False) -> dict[str, int]:
+        """Executions of a kernel; it starts and ends a sum for each block of queries (or keys)."""
+        q, kv = blocks[f"block_q{of}"], blocks[f"block_kv{of}"]
+        ends = kv_heads * length // kv if sums_of_keys else heads * length // q
         return {
             "grid": heads * (length // q) * (length // kv),
             "init": ends,
@@ -96,20 +78,16 @@ def splash(
             "end": ends,
         }
 
-    of_forward = runs(block_q, block_kv, heads * length // block_q)
     if not backward:
-        executions = {"splash_mha_fwd_no_residuals": of_forward}
+        executions = {"splash_mha_fwd_no_residuals": runs("")}
         work = _work(length, head_dim, heads, products=2)
         return ScheduledCall(forward, (query, key, key), executions, *work)
-    of_keys = runs(block_q_dkv, block_kv_dkv, kv_heads * length // block_kv_dkv)
     executions = {
-        "splash_mha_fwd_residuals": of_forward,
-        "splash_mha_dkv_no_residuals": of_keys,
+        "splash_mha_fwd_residuals": runs(""),
+        "splash_mha_dkv_no_residuals": runs("_dkv", sums_of_keys=True),
     }
     if not fused:
-        executions["splash_mha_dq_no_residuals"] = runs(
-            block_q_dq, block_kv_dq, heads * length // block_q_dq
-        )
+        executions["splash_mha_dq_no_residuals"] = runs("_dq")
 
     def with_gradients(query, key, value, d_out):
         out, vjp = jax.vjp(forward, query, key, value)
@@ -152,24 +130,8 @@ def gqe(
     if not other_slots:
         weight = shared = None
 
-    def call(query, key, value, index, weight, shared):
-        return pallas_tpu.routed_attention(
-            query,
-            key,
-            value,
-            index,
-            weight,
-            shared,
-            None,
-            None,
-            scale=1 / math.sqrt(head_dim),
-            causal=True,
-            q_segment_ids=None,
-            kv_segment_ids=None,
-            q_offset=0,
-            block_sizes=sizes,
-        )
-
+    attention = functools.partial(pallas_tpu.attention, blocks=sizes)
+    call = functools.partial(routed_attention, implementation=attention)
     interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
     rows = length // sizes.q
     tiles = Tiles(sizes.q, sizes.kv, length, length, True, segments=False, static_offset=0)

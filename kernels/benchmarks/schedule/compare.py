@@ -64,21 +64,6 @@ class Comparison:
     dense: Cost
     sweep: dict[str, int]
 
-    @property
-    def ratio(self) -> float:
-        """Static cycles of splash attention over those of the kernel."""
-        return self.splash.cycles / self.gqe.cycles
-
-    @property
-    def dense_ratio(self) -> float:
-        """Static cycles of the kernel run dense over those of the kernel routed."""
-        return self.dense.cycles / self.gqe.cycles
-
-    @property
-    def issued_ratio(self) -> float:
-        """The same without the cycles in which a core waits for a result."""
-        return self.splash.issued / self.gqe.issued
-
 
 # Block sizes, with the cycles of the kernels that they are for, by length.
 Tried = list[tuple[dict[str, int], dict[int, int]]]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,53 +60,27 @@ def _align(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def row(comparison: Comparison) -> dict[str, Any]:
-    """The figures of a comparison that the tables and the text of kernels/README.md quote.
-
-    `splash_passes` has splash attention's cycles at its best block sizes: forward, and backward by
-    one kernel or by two. `grid_step_share` is the share of GQE's forward cycles outside tiles, and
-    `interior_cycles_per_head` what a tile below the diagonal takes.
-    """
+    """The figures of a comparison that are quoted, or that quoted figures are sums of."""
     costs = {name: getattr(comparison, name) for name in ("splash", "dense", "gqe")}
     blocks = (v for k, v in comparison.splash.options.items() if k.startswith("block"))
-    found = {
-        "chip": comparison.chip,
-        "head_dim": comparison.head_dim,
-        "length": comparison.length,
-        "training": comparison.training,
+    return {
+        **{name: getattr(comparison, name) for name in ("chip", "head_dim", "length", "training")},
         "splash_blocks": " × ".join(map(str, blocks)),
         "cycles": {name: cost.cycles for name, cost in costs.items()},
         "issued": {name: cost.issued for name, cost in costs.items()},
-        "ratio": comparison.ratio,
-        "dense_ratio": comparison.dense_ratio,
-        "issued_ratio": comparison.issued_ratio,
+        "ratio": costs["splash"].cycles / costs["gqe"].cycles,
+        "dense_ratio": costs["dense"].cycles / costs["gqe"].cycles,
+        "issued_ratio": costs["splash"].issued / costs["gqe"].issued,
         "cycles_per_pair": {name: round(cost.cycles_per_pair, 5) for name, cost in costs.items()},
         "mac_share": {name: round(cost.mac_share, 5) for name, cost in costs.items()},
-        "splash_passes": dict(_best_passes(comparison.sweep)),
+        "regions": {name: _regions(costs[name]) for name in ("dense", "gqe")},
+        "sweep": "; ".join(f"{blocks}: {cycles}" for blocks, cycles in comparison.sweep.items()),
     }
-    forward = [region for region in comparison.gqe.regions if region.kernel == "gqe_forward"]
-    if forward:
-        outside = sum(r.cycles for r in forward if r.region in ("call", "grid", "grid step"))
-        found["grid_step_share"] = round(outside / sum(region.cycles for region in forward), 3)
-        found["interior_cycles_per_head"] = {
-            name: round(_interior_cycles(costs[name], comparison.length), 1)
-            for name in ("dense", "gqe")
-        }
-    return found
 
 
-def _best_passes(sweep: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    kinds = {
-        "forward": [n for name, n in sweep.items() if "dkv" not in name],
-        "backward": [n for name, n in sweep.items() if "dkv" in name and "dq" not in name],
-        "backward in two": [n for name, n in sweep.items() if "dq" in name],
-    }
-    return ((kind, min(cycles)) for kind, cycles in kinds.items() if cycles)
-
-
-def _interior_cycles(cost: Cost, length: int) -> float:
-    """Cycles of one head in a tile of the forward pass that needs no mask."""
-    tile = next(r for r in cost.regions if (r.kernel, r.region) == ("gqe_forward", "interior"))
-    return (tile.bundles + tile.waits) / (cost.pairs // (length * (length + 1) // 2))
+def _regions(cost: Cost) -> str:
+    """Each region's cycles in one execution, by how often it runs."""
+    return ", ".join(f"{r.region} {r.bundles + r.waits} × {r.executions}" for r in cost.regions)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

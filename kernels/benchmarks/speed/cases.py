@@ -80,7 +80,7 @@ class SpeedCase:
 
     @property
     def name(self) -> str:
-        """Unique among the cases."""
+        """The key of the case in the results."""
         kind = "forward + backward" if self.training else "forward"
         which = f"k = {self.top_k}"
         if self.experts_per_group is not None:
@@ -89,12 +89,7 @@ class SpeedCase:
 
 
 def at_lengths(
-    scale: Scale,
-    level: str,
-    training: bool,
-    lengths: Iterable[int],
-    head_dim: int,
-    top_k: int = 1,
+    scale: Scale, level: str, training: bool, lengths: Iterable[int], head_dim: int, top_k: int = 1
 ) -> list[SpeedCase]:
     """A case for each length, with as many sequences as `scale.tokens` holds."""
     return [

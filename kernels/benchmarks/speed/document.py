@@ -1,5 +1,6 @@
 """The results as JSON: written after every case, and continued by the next run."""
 
+import dataclasses
 import json
 import math
 import os
@@ -35,16 +36,11 @@ def header(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "command": command,
         "device": device.device_kind,
         "platform": device.client.platform_version.strip(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {
+            each.name: each.version for each in metadata.distributions() if each.name in PACKAGES
+        },
         "settings": dict(settings),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def load(path: pathlib.Path, head: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,13 +85,11 @@ def best_options(document: Mapping[str, Any], case: SpeedCase) -> Known:
 
     They are those at the nearest length that has been timed; empty where none has.
     """
-    same = {"level": "op"} | {
-        name: getattr(case, name) for name in ("training", "head_dim", "top_k")
-    }
+    same = ("op", case.training, case.head_dim, case.top_k)
     ops = [
-        record
-        for record in document["cases"]
-        if record["best"] and all(record[name] == value for name, value in same.items())
+        one
+        for one in document["cases"]
+        if one["best"] and (one["level"], one["training"], one["head_dim"], one["top_k"]) == same
     ]
     if not ops:
         return {}
@@ -103,8 +97,8 @@ def best_options(document: Mapping[str, Any], case: SpeedCase) -> Known:
         ops,
         key=lambda one: (abs(math.log2(one["length"] / case.length)), one["batch"] != case.batch),
     )
-    timed = [one for one in nearest["contenders"] if one["seconds"]]
-    timed.sort(key=lambda one: one["seconds"]["median"])
+    timed = (one for one in nearest["contenders"] if one["seconds"])
+    timed = sorted(timed, key=lambda one: one["seconds"]["median"])
     return {
         (side, one["name"]): one["options"]
         for side, kept in KEPT.items()
@@ -139,13 +133,7 @@ def record(case: SpeedCase, outcomes: Sequence[Outcome], seconds: float) -> dict
         ratio = spread([b / a for a, b in zip(first, second, strict=True)])
     return {
         "case": case.name,
-        "level": case.level,
-        "training": case.training,
-        "length": case.length,
-        "batch": case.batch,
-        "head_dim": case.head_dim,
-        "top_k": case.top_k,
-        "experts_per_group": case.experts_per_group,
+        **dataclasses.asdict(case),
         "matmul_tflops": rate and rate / 1e12,
         "best": {side: outcome.contender.name for side, outcome in best.items()},
         "ratio": ratio,
@@ -198,13 +186,9 @@ def _deviation(outcome: Outcome, reference: Outcome | None) -> float | None:
 
 def row(case: Mapping[str, Any]) -> str:
     """A row of the printed table."""
-    by_side = {}
-    for side, name in case["best"].items():
-        by_side[side] = next(
-            one for one in case["contenders"] if (one["side"], one["name"]) == (side, name)
-        )
     cells = [case["case"]]
-    for one in by_side.values():
+    by_name = {(one["side"], one["name"]): one for one in case["contenders"]}
+    for one in (by_name[best] for best in case["best"].items()):
         share = "" if one["share_of_matmul"] is None else f", {one['share_of_matmul']:.0%}"
         cell = f"{one['name']} {1e3 * one['seconds']['median']:.3g} ms, "
         cell += f"{one['tflops']:.3g} TFLOP/s{share}"

@@ -1,23 +1,21 @@
 """Contenders of the attention op, and the matrix product beside them."""
 
-import contextlib
 import functools
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 
 from gqe_kernels import routed_attention
-from kernels.benchmarks.speed.arrays import contender, normal, selection, with_gradients
+from gqe_kernels.contract import Attention
+from kernels.benchmarks.speed.arrays import normal, selection, with_gradients
 from kernels.benchmarks.speed.cases import Scale, SpeedCase
 from kernels.benchmarks.speed.peers import implementations, peers
 from kernels.benchmarks.speed.timing import Contender
 
-# Those that fit into shared memory, without registers spilled.
+# Block sizes of this project's GPU kernel, those that fit into shared memory without spilling.
 BLOCKS = {
-    64: tuple(
-        ("pallas_gpu", {"kv": kv, "stages": stages}) for kv, stages in ((128, 4), (128, 2), (64, 4))
-    ),
-    128: tuple(("pallas_gpu", {"kv": kv, "stages": 2}) for kv in (128, 64)),
+    64: tuple({"kv": kv, "stages": stages} for kv, stages in ((128, 4), (128, 2), (64, 4))),
+    128: tuple({"kv": kv, "stages": 2} for kv in (128, 64)),
 }
 COMPARED = 4096  # tokens, up to which results are compared with those of `xla`
 
@@ -35,15 +33,13 @@ def attention_flops(heads: int, head_dim: int, length: int, batch: int, *, train
 def matmul(size: int, dtype: jnp.dtype) -> Contender:
     """A square matrix product, whose rate is what the device can reach."""
     a, b = (normal(i, (size, size), dtype) for i in (0, 1))
-    return contender("matmul", "matmul", lambda a, b: a @ b, (a, b), 2 * size**3)
+    return Contender("matmul", "matmul", lambda a, b: a @ b, (a, b), 2 * size**3)
 
 
-def _blocks(options: Mapping[str, int]) -> contextlib.AbstractContextManager:
-    if not options:
-        return contextlib.nullcontext()
+def _with_blocks(sizes: Mapping[str, int]) -> Attention:
     from gqe_kernels import pallas_gpu
 
-    return pallas_gpu.use_block_sizes(pallas_gpu.BlockSizes(**options))
+    return functools.partial(pallas_gpu.attention, blocks=pallas_gpu.BlockSizes(**sizes))
 
 
 def op(case: SpeedCase, scale: Scale, platform: str) -> list[Contender]:
@@ -74,22 +70,23 @@ def op(case: SpeedCase, scale: Scale, platform: str) -> list[Contender]:
     if case.training:  # slots of the selected experts, the weighted one and the shared one
         arguments = (normal(4, (*tokens, selected + 2, head_dim), dtype), *arguments)
     found = []
-    own = BLOCKS[head_dim] if tuning else ((name, {}) for name in implementations(platform))
-    for name, options in own:
+    own = [(name, {}, name) for name in implementations(platform)]
+    if tuning:
+        own = [("pallas_gpu", sizes, _with_blocks(sizes)) for sizes in BLOCKS[head_dim]]
+    for name, options, implementation in own:
 
-        def timed(*arguments, name=name):
+        def timed(*arguments, implementation=implementation):
             *floats, index = arguments
 
             def routed(query, key, value, weight, shared_query):
                 given = (query, key, value, index, weight, shared_query)
-                return routed_attention(*given, implementation=name)
+                return routed_attention(*given, implementation=implementation)
 
             return with_gradients(routed, case.training)(*floats)
 
-        around = functools.partial(_blocks, options)
         slots = first if compared else None
         needed = flops(selected + 1)  # the shared head, too
-        found.append(contender(name, "gqe", timed, arguments, needed, options, around, slots))
+        found.append(Contender(name, "gqe", timed, arguments, needed, options, slots=slots))
     for peer in () if tuning else peers(platform):
         arguments = peer.prepare(query, key, value)
         if case.training:  # like the query in shape, whatever the layout
@@ -97,9 +94,6 @@ def op(case: SpeedCase, scale: Scale, platform: str) -> list[Contender]:
         for options in peer.options:
             function = with_gradients(functools.partial(peer.attend, **options), case.training)
             slots = (lambda out, peer=peer: peer.finish(first(out))) if compared else None
-            found.append(
-                contender(
-                    peer.name, "dense", function, arguments, flops(heads), options, slots=slots
-                )
-            )
+            given = (peer.name, "dense", function, arguments, flops(heads), options)
+            found.append(Contender(*given, slots=slots))
     return found

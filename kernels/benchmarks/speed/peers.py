@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gqe_kernels import dense_attention
+from gqe_kernels.contract import Mask, Routed, Slots
 
 Heads = Float[Array, "batch length head head_dim"]
 
@@ -39,14 +40,14 @@ class Peer:
     prepare: Callable[[Heads, Heads, Heads], tuple[Array, ...]] = _as_it_is
     finish: Callable[[Array], Heads] = lambda x: x
 
-    def whole(self, options: Mapping[str, Any]) -> Callable[..., Heads]:
-        """The kernel between `prepare` and `finish`, in the type of the query."""
-
-        def attention(query, key, value):
-            out = self.finish(self.attend(*self.prepare(query, key, value), **options))
-            return out.astype(query.dtype)
-
-        return attention
+    def attention(
+        self, options: Mapping[str, Any], routed: Routed, mask: Mask, scale: float
+    ) -> Slots:
+        """The kernel as an implementation of the contract, for causal layers without routing."""
+        del mask, scale  # causal and 1 / sqrt(head_dim), as every peer has it
+        query = routed.query.reshape(*routed.query.shape[:2], -1, routed.query.shape[-1])
+        out = self.finish(self.attend(*self.prepare(query, routed.key, routed.value), **options))
+        return out.astype(query.dtype)
 
 
 def own(name: str) -> Peer:

@@ -32,25 +32,36 @@ class Contender:
     Attributes:
       name: the kernel or implementation.
       side: contenders of one side compete; a case's ratio is that of its sides' best.
-      lower: traces and lowers a program that does the work the given number of times.
-      arguments: what the program takes.
+      function: does the work once. If `stateful`, it is a compiled step, which has `lower`, donates
+        its first argument, and returns the next one as its first result.
+      arguments: what the function takes.
       flops: floating-point operations that the work needs, done once.
-      options: the contender's block sizes, say. Contenders that differ in these alone are one, of
-        which the fastest is kept.
-      compiler_options: XLA's flags for this program; they stand among the options too.
-      stateful: the first argument is donated, and replaced by the first result.
+      options: block sizes and flags. Of contenders that differ in these alone, the fastest is kept.
+      compiler_options: XLA's flags for this program.
       slots: picks from the result what is compared with other contenders of the same side.
     """
 
     name: str
     side: str
-    lower: Callable[[int], jax.stages.Lowered]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     flops: float
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stateful: bool = False
     slots: Callable[[Any], jax.Array] | None = None
+
+    def lower(self, times: int) -> jax.stages.Lowered:
+        """A lowered program that does the work so many times; if stateful, once."""
+        if self.stateful:
+            return self.function.lower(*self.arguments)
+        return jax.jit(repeated(self.function, times)).lower(*self.arguments)
+
+    @property
+    def described(self) -> str:
+        """The name with side and options, for messages."""
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        return f"{self.name} ({self.side}{options})"
 
 
 @dataclasses.dataclass
@@ -125,23 +136,20 @@ def time_contenders(
     Raises:
       DeviceLost: the device does no work any more, which says nothing of the contenders after.
     """
-    times = [_times(one, seconds, flops_per_second) for one in contenders]
-    outcomes = []
+    outcomes = [Outcome(one) for one in contenders]
+    times = [max(1, min(100, round(seconds * flops_per_second / one.flops))) for one in contenders]
+    attempt = functools.partial(_attempt, probe)
     lowered = []
-    for number, (one, repeats) in enumerate(zip(contenders, times, strict=True), 1):
-        progress(f"compiling {number}/{len(contenders)}: {one.name}")
-        outcome = Outcome(one)
-        outcomes.append(outcome)
-        lowered.append(_attempt(outcome, probe, lambda o=one, n=repeats: o.lower(n)))
+    for outcome, repeats in zip(outcomes, times, strict=True):
+        progress(f"compiling {len(lowered) + 1}/{len(outcomes)}: {outcome.contender.name}")
+        lowered.append(attempt(outcome, outcome.contender.lower, repeats))
     with ThreadPoolExecutor(8) as pool:
-        compile_ = functools.partial(_compile, probe)
-        compiled = list(pool.map(compile_, outcomes, lowered))
+        compiled = list(pool.map(functools.partial(_compile, attempt), outcomes, lowered))
     for number, (outcome, program) in enumerate(zip(outcomes, compiled, strict=True), 1):
         if program is not None:
             progress(f"trying {number}/{len(outcomes)}: {outcome.contender.name}")
-            screen = functools.partial(_screen, outcome, program, times[number - 1], clock)
             with watched(outcome.contender):
-                _attempt(outcome, probe, screen)
+                attempt(outcome, _screen, outcome, program, times[number - 1], clock)
     chosen = _chosen(outcomes)
     for number in range(rounds):
         progress(f"round {number + 1}/{rounds}")
@@ -151,12 +159,10 @@ def time_contenders(
     return outcomes
 
 
-def _times(contender: Contender, seconds: float, flops_per_second: float) -> int:
-    return max(1, min(100, round(seconds * flops_per_second / contender.flops)))
-
-
-def _attempt(outcome: Outcome, probe: Callable[[], Any], function: Callable[[], Any]) -> Any:
-    """What `function` returns; None, and the outcome's error, if it fails.
+def _attempt(
+    probe: Callable[[], Any], outcome: Outcome, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """What `function(*arguments)` returns; None, and the outcome's error, if it fails.
 
     Other people's kernels fail in ways of their own, which is a result like any other. But after an
     illegal access all work on a GPU fails, so the device is probed.
@@ -165,7 +171,7 @@ def _attempt(outcome: Outcome, probe: Callable[[], Any], function: Callable[[], 
       DeviceLost: the probe failed.
     """
     try:
-        return function()
+        return function(*arguments)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         outcome.error = f"{type(error).__name__}: {lines[0]}"[:500]
@@ -174,14 +180,9 @@ def _attempt(outcome: Outcome, probe: Callable[[], Any], function: Callable[[], 
             probe()
         except Exception as lost:
             raise DeviceLost(
-                f"the device does no work after {_described(outcome.contender)}: {outcome.error}"
+                f"the device does no work after {outcome.contender.described}: {outcome.error}"
             ) from lost
         return None
-
-
-def _described(contender: Contender) -> str:
-    options = "".join(f", {name} {value}" for name, value in contender.options.items())
-    return f"{contender.name} ({contender.side}{options})"
 
 
 @contextlib.contextmanager
@@ -192,7 +193,7 @@ def watched(
 
     def end() -> None:
         print(
-            f"error: {_described(contender)} has not ended in {seconds} seconds; continue with "
+            f"error: {contender.described} has not ended in {seconds} seconds; continue with "
             f"--without {contender.name}",
             file=sys.stderr,
             flush=True,
@@ -208,13 +209,9 @@ def watched(
         timer.cancel()
 
 
-def _compile(
-    probe: Callable[[], Any], outcome: Outcome, lowered: jax.stages.Lowered | None
-) -> jax.stages.Compiled | None:
-    if lowered is None:
-        return None
+def _compile(attempt, outcome: Outcome, lowered: jax.stages.Lowered | None):
     flags = dict(outcome.contender.compiler_options)
-    return _attempt(outcome, probe, lambda: lowered.compile(compiler_options=flags or None))
+    return lowered and attempt(outcome, lowered.compile, flags or None)
 
 
 def _screen(
