@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -45,7 +46,7 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Prints each prompt and its continuation; a single one is printed as it is generated."""
+    """Loads the run's model and prints each prompt with its continuation."""
     run = restore_run(
         config.run_dir, step=config.step, mesh=config.mesh.named, tokenizer=config.tokenizer
     )
@@ -58,7 +59,16 @@ def generate(config: GenerateConfig) -> None:
         seed=config.seed,
         stop=config.stop,
     )
-    texts = list(config.prompt)
+    print_texts(config.prompt, pieces)
+
+
+def print_texts(prompts: Sequence[str], pieces: Iterable[tuple[int, str]]) -> None:
+    """Prints prompts and their continuations; a single text is printed as it is generated.
+
+    Args:
+      pieces: the row of a text and what follows in it, as they come.
+    """
+    texts = list(prompts)
     streamed = len(texts) == 1
 
     def show(text, end=""):

@@ -26,8 +26,6 @@ from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import find, location, write_whole
 
-_TASK_BYTES = 64 << 20  # small input files are grouped into tasks of this size
-
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
@@ -77,11 +75,11 @@ def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
     return list(dict.fromkeys(paths))
 
 
-def _group(paths: list[pathlib.Path]) -> list[list[pathlib.Path]]:
-    """Consecutive files, grouped into tasks of at least `_TASK_BYTES`."""
+def _group(paths: list[pathlib.Path], task_bytes: int) -> list[list[pathlib.Path]]:
+    """Consecutive files, grouped into tasks of at least `task_bytes`."""
     tasks, size = [[]], 0
     for path in paths:
-        if size >= _TASK_BYTES:
+        if size >= task_bytes:
             tasks.append([])
             size = 0
         tasks[-1].append(path)
@@ -123,8 +121,15 @@ def _run_task(
     return write_documents(directory, f"{number:05d}", documents(), tokenizer, config.shard_tokens)
 
 
-def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
+def prepare(
+    config: PrepareConfig, *, progress: bool = True, task_bytes: int = 64 << 20
+) -> Manifest:
     """Writes the corpus and returns its manifest; an interrupted or failed run leaves no output.
+
+    Args:
+      config: what to prepare.
+      progress: whether to show a bar.
+      task_bytes: consecutive input files are grouped into tasks of at least this size.
 
     Raises:
       DataError: the input matches nothing, the input or the tokenizer cannot be read, the output
@@ -132,7 +137,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
     paths = _find_inputs(config.input)
-    tasks = _group(paths)
+    tasks = _group(paths, task_bytes)
     total = sum(path.stat().st_size for path in paths)
     with (
         written_whole(location(config.output)) as directory,

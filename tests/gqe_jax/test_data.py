@@ -119,8 +119,7 @@ class TestPrepare:
                 cut.train.read(start, length), tokens[start : start + length]
             )
 
-    def test_processes_do_not_change_the_result(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("gqe_jax.data.prepare._TASK_BYTES", 2000)
+    def test_processes_do_not_change_the_result(self, tmp_path):
         for i in range(6):
             (tmp_path / f"part-{i}.jsonl").write_bytes(ROWS[: ROWS.find(b"\n", 3000 * (i + 1)) + 1])
         made = []
@@ -128,7 +127,7 @@ class TestPrepare:
             output = tmp_path / f"with-{processes}"
             pattern = str(tmp_path / "part-*.jsonl")
             config = PrepareConfig((pattern,), output, validation_fraction=0.2, processes=processes)
-            prepare(config, progress=False)
+            prepare(config, progress=False, task_bytes=2000)
             made.append({p.name: p.read_bytes() for p in output.iterdir()})
         assert made[0] == made[1]
         assert len(made[0]) == 13  # six tasks of two splits, and the manifest

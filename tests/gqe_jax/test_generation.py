@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -274,13 +273,8 @@ def test_the_command_line_prints_the_prompt_and_what_follows(run_dir, capsys):
     assert len(shown) > len("def f\n")
 
 
-def test_the_command_line_prints_several_texts_when_all_are_done(monkeypatch, capsys):
-    run = types.SimpleNamespace(model=None, mesh=None, tokenizer=None)
-    pieces = [(0, " b"), (1, " y"), (0, " c")]
-    monkeypatch.setattr(generate_script, "restore_run", lambda *_, **__: run)
-    monkeypatch.setattr(generate_script, "Generator", lambda *_, **__: None)
-    monkeypatch.setattr(generate_script, "stream_text", lambda *_, **__: pieces)
-    generate_script.generate(GenerateConfig("run", prompt=("a", "x")))
+def test_the_command_line_prints_several_texts_when_all_are_done(capsys):
+    generate_script.print_texts(("a", "x"), [(0, " b"), (1, " y"), (0, " c")])
     assert capsys.readouterr().out == "a b c\n\nx y\n"
 
 

@@ -226,10 +226,9 @@ def test_block_sizes_are_checked():
         pallas_tpu.BlockSizes(strip=384)
 
 
-def test_block_sizes_are_those_of_the_nearest_length(monkeypatch):
+def test_block_sizes_are_those_of_the_nearest_length():
     table = {"v6e": {"64": {"4096": {"q": 256, "kv": 256}, "32768": {"q": 512, "kv": 512}}}}
-    monkeypatch.setattr(blocks, "_table", lambda: table)
-    found = [blocks.tuned("v6e", 64, length).q for length in (100, 11_000, 12_000, 200_000)]
+    found = [blocks.tuned("v6e", 64, length, table).q for length in (100, 11_000, 12_000, 200_000)]
     assert found == [256, 256, 512, 512]
 
 

@@ -67,21 +67,27 @@ _LARGE = {"d_query_bytes": 48 * MIB, "vmem_bytes": 110 * MIB}
 TABLE = Path(__file__).with_name("block_sizes.json")
 
 
+# chip → head_dim → length → fields of `BlockSizes`
+Table = dict[str, dict[str, dict[str, dict]]]
+
+
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, dict]]]:
-    """chip → head_dim → length → fields of `BlockSizes`."""
+def read_table() -> Table:
+    """The tuned block sizes of every chip."""
     return json.loads(TABLE.read_text())["blocks"]
 
 
-def tuned(chip: str | None, head_dim: int, length: int) -> BlockSizes:
+def tuned(chip: str | None, head_dim: int, length: int, table: Table | None = None) -> BlockSizes:
     """The table's entry for the head size and the length nearest to these.
 
     Args:
       chip: a key of `CHIPS`, or None: not known.
+      table: None: that of `read_table`.
     """
     if chip is None:
         return BlockSizes()
-    entry = _table()[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
+    table = read_table() if table is None else table
+    entry = table[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
     nearest = min(entry, key=lambda known: abs(math.log(int(known) / length)))
     large = _LARGE if CHIPS[chip].vmem_bytes > 64 * MIB else {}
     return BlockSizes(bfloat16_exp=CHIPS[chip].bfloat16_exp, **large, **entry[nearest])
