@@ -160,7 +160,7 @@ def _sums_over_chunks(
     Args:
       per_token: further arrays [batch, length, ...] to be cut into chunks.
       fixed: further tables [vocab, ...].
-      by_row: whether `one_chunk` returns one sum per row of the batch instead of one in total.
+      by_row: `one_chunk` returns a sum for each row of the batch, not one of all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
