@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import experts, prefill, projections, whole
+from experiments import experts, prefill, whole
 from experiments.prefill import FULL, SMALL, cases
-from gqe_jax import AttentionConfig, GroupedQueryAttention, GroupedQueryExperts
+from gqe_jax import AttentionConfig, GroupedQueryAttention
 from kernels.benchmarks.speed import document, timing
 from kernels.benchmarks.speed.cases import SpeedCase
 from kernels.benchmarks.speed.op import matmul
@@ -93,20 +93,6 @@ def test_selected_queries_are_those_of_the_selected_experts():
     arguments = (jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), jnp.asarray(index))
     for project in (experts.selected_queries, experts.all_queries):
         np.testing.assert_allclose(project(*arguments), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["by group", "all in one"])
-def test_projections_in_one_product_are_the_same_layer(form):
-    config = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2)
-    make = lambda: GroupedQueryExperts(  # noqa: E731
-        config, dtype=jnp.float32, implementation="reference", rngs=nnx.Rngs(0)
-    )
-    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
-    expected, _, _ = make()(x)
-    layer = make()
-    projections.use_projections(layer, projections.FORMS[form])
-    y, _, _ = layer(x)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
