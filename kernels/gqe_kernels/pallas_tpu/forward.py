@@ -294,6 +294,7 @@ def forward(
         shared_key=rows(flat.shared_key, kv_rows),
         shared_value=rows(flat.shared_value, kv_rows),
     )
+    pairs = visible_pairs(tiles.q_len, tiles.kv_len, mask)
     # Segments as they broadcast to a tile [q, kv].
     mask = dataclasses.replace(mask, offset=None).map_queries(lambda ids: ids[:, :, None])
     mask = mask.map_keys(lambda ids: ids[:, None, :])
@@ -313,7 +314,6 @@ def forward(
         result_shape(flat.query, (batch, tiles.q_len, layout.slots * layout.head_dim), dtype),
         result_shape(flat.query, (batch, layout.padded_heads, padded), jnp.float32),
     ]
-    pairs = visible_pairs(tiles.q_len, tiles.kv_len, mask)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
