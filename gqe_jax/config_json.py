@@ -19,7 +19,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type, values: dict[str, Any], path: str = "") -> Any:
+def from_dict(kind: type, values: Any, path: str = "") -> Any:
     """Builds the dataclass `kind` from the nested dictionaries of `to_dict`; executes no code.
 
     Raises:

@@ -21,8 +21,6 @@ import dataclasses
 import importlib
 import json
 import os
-import pathlib
-import shutil
 
 import jax
 from flax import nnx
@@ -36,7 +34,7 @@ from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokeni
 from gqe_jax.errors import DataError
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
-from gqe_jax.storage import location, write_whole
+from gqe_jax.storage import Location, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.state import lay_out_params
 from gqe_kernels import Implementation
@@ -47,7 +45,7 @@ SPREAD = MeshConfig(data=1, fsdp=-1)
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 
 
-def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
+def write_config(config: RunConfig, directory: Location | None = None) -> None:
     """Writes `config.json` into `directory`, by default the run's, whole or not at all."""
     path = (directory or location(config.run_dir)) / CONFIG_FILE
     write_whole(path, json.dumps(to_dict(config), indent=1) + "\n")
@@ -152,7 +150,7 @@ class Run:
         """Reads the model onto a mesh; errors as of `load`."""
         return nnx.merge(*self.load(mesh))
 
-    def tokenizer_file(self) -> pathlib.Path | None:
+    def tokenizer_file(self) -> Location | None:
         """The `tokenizer.json` of the run or its corpus; None if tokens are bytes or it is gone."""
         corpus = self.config.data.corpus
         directories = [self.directory] if corpus == STDLIB else [self.directory, corpus]
@@ -228,7 +226,7 @@ def restore_run(
     return RestoredRun(run.config, run.step, run.model(devices), devices, loaded)
 
 
-def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | None) -> None:
+def write_run(config: RunConfig, params: nnx.State, tokenizer: Location | None) -> None:
     """Writes `config.run_dir`, whole or not at all: configuration, weights of step 0, tokenizer.
 
     Raises:
@@ -239,4 +237,4 @@ def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | No
             checkpoints.save_weights(params, config)
         write_config(config, partial)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+            write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())

@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
-from gqe_jax.storage import file_sizes, is_remote, location, write_whole
+from gqe_jax.storage import Location, file_sizes, is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
@@ -66,14 +67,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def sha256(path: pathlib.Path) -> str:
+def sha256(path: Location) -> str:
     """The SHA-256 of a file's content, as hexadecimal digits."""
+    if is_remote(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+def written_whole(directory: Location) -> Iterator[Location]:
     """Yields a temporary directory that is renamed to `directory` on success, deleted on failure.
 
     Object stores cannot rename, so there the caller writes to `directory` itself and must write
@@ -101,13 +104,13 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
+def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(directory: pathlib.Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
@@ -149,7 +152,7 @@ class Split:
       DataError: the split is empty, or a shard is missing, truncated or altered.
     """
 
-    def __init__(self, directory: pathlib.Path, name: str, manifest: Manifest, *, verify: bool):
+    def __init__(self, directory: Location, name: str, manifest: Manifest, *, verify: bool):
         info = manifest.splits.get(name)
         if info is None or info.num_tokens == 0:
             raise DataError(f"corpus {directory} has no {name} split; prepare it with more text")
@@ -158,8 +161,8 @@ class Split:
         self.end_of_document = manifest.end_of_document
         self._dtype = dtype = np.dtype(manifest.dtype)
         remote = is_remote(directory)
-        self._store = directory.fs if remote else None
-        self._shards = []
+        self._store: Any = directory.fs if is_remote(directory) else None
+        self._shards: list[Any] = []  # arrays in memory maps, or paths in the object store
         sizes = file_sizes(directory)
         for shard in info.shards:
             path = directory / shard.file
@@ -176,7 +179,7 @@ class Split:
                     f"shard {path} does not match its checksum in the manifest; copy or prepare "
                     "the corpus again"
                 )
-            self._shards.append(path.path if remote else np.memmap(path, dtype, mode="r"))
+            self._shards.append(path.path if is_remote(path) else np.memmap(path, dtype, mode="r"))
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in info.shards)]
 
     def __len__(self) -> int:
@@ -186,7 +189,7 @@ class Split:
         """Tokens `start` to `start + length`, int32; fewer at the end of the split."""
         return self.read_many([start], length)[0]
 
-    def read_many(self, starts: Sequence[int], length: int) -> list[np.ndarray]:
+    def read_many(self, starts: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
         """Reads `length` tokens from each start; from an object store concurrently."""
         pieces = [self._pieces(int(start), length) for start in starts]
         read = iter(self._read_pieces(list(itertools.chain(*pieces))))
@@ -227,7 +230,7 @@ def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
 class Corpus:
     """An open corpus."""
 
-    directory: pathlib.Path
+    directory: Location
     manifest: Manifest
     fingerprint: str
     """Hash of the manifest; it covers every token, since the manifest holds the checksums."""
@@ -241,11 +244,10 @@ class Corpus:
         Raises:
           DataError: the manifest or a shard is missing, truncated or altered.
         """
-        directory = location(directory)
-        manifest = read_manifest(directory)
-        splits = (Split(directory, name, manifest, verify=verify) for name in SPLITS)
-        fingerprint = sha256(directory / MANIFEST)[:16]
-        return cls(directory, manifest, fingerprint, *splits)
+        found = location(directory)
+        manifest = read_manifest(found)
+        train, validation = (Split(found, name, manifest, verify=verify) for name in SPLITS)
+        return cls(found, manifest, sha256(found / MANIFEST)[:16], train, validation)
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that the corpus was made with."""

@@ -2,19 +2,18 @@
 
 import io
 import json
-import pathlib
 from collections.abc import Iterator
 
 import pyarrow
 import pyarrow.parquet
 
 from gqe_jax.errors import DataError
-from gqe_jax.storage import is_remote
+from gqe_jax.storage import Location, is_remote
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
-def read_documents(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, float]]:
+def read_documents(path: Location, text_field: str) -> Iterator[tuple[str, float]]:
     """Yields each document of a file with the fraction of the file read so far.
 
     Args:
@@ -43,9 +42,7 @@ def read_documents(path: pathlib.Path, text_field: str) -> Iterator[tuple[str, f
         raise DataError(f"{path} cannot be read ({error})") from None
 
 
-def _open(
-    path: pathlib.Path, compression: str | None
-) -> tuple[io.BufferedReader, pyarrow.NativeFile]:
+def _open(path: Location, compression: str | None) -> tuple[io.BufferedReader, pyarrow.NativeFile]:
     """The decompressed stream, and the underlying file, whose position measures progress."""
     raw = pyarrow.PythonFile(path.open("rb")) if is_remote(path) else pyarrow.OSFile(str(path))
     stream = raw if compression is None else pyarrow.CompressedInputStream(raw, compression)

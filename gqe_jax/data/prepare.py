@@ -12,9 +12,9 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import tqdm
 
@@ -24,7 +24,7 @@ from gqe_jax.data.documents import read_documents
 from gqe_jax.data.shards import make_manifest, merge_splits, write_documents
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, load_tokenizer
 from gqe_jax.errors import DataError
-from gqe_jax.storage import find, location, write_whole
+from gqe_jax.storage import Location, find, location, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def choose_split(text: str, validation_fraction: float) -> str:
     return "validation" if int.from_bytes(digest) < validation_fraction * 2.0**64 else "train"
 
 
-def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
+def _find_inputs(patterns: Iterable[str]) -> list[Location]:
     paths = []
     for pattern in patterns:
         files = find(pattern)
@@ -75,7 +75,7 @@ def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
     return list(dict.fromkeys(paths))
 
 
-def _group(paths: list[pathlib.Path], task_bytes: int) -> list[list[pathlib.Path]]:
+def _group(paths: list[Location], task_bytes: int) -> list[list[Location]]:
     """Consecutive files, grouped into tasks of at least `task_bytes`."""
     tasks, size = [[]], 0
     for path in paths:
@@ -87,7 +87,7 @@ def _group(paths: list[pathlib.Path], task_bytes: int) -> list[list[pathlib.Path
     return tasks
 
 
-_bytes_read: multiprocessing.Value = None  # shared by the workers of a pool
+_bytes_read: Any = None  # a multiprocessing.Value, shared by the workers of a pool
 
 
 def _initialise_worker(counter) -> None:
@@ -103,10 +103,10 @@ def _count(num_bytes: int) -> None:
 
 def _run_task(
     config: PrepareConfig,
-    directory: pathlib.Path,
+    directory: Location,
     number: int,
-    paths: list[pathlib.Path],
-    count: Callable[[int], None] = _count,
+    paths: list[Location],
+    count: Callable[[int], object] = _count,
 ) -> dict[str, SplitInfo]:
     def documents():
         for path in paths:

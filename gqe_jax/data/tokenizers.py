@@ -1,19 +1,19 @@
 """Tokenizers: UTF-8 bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
-import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gqe_jax.errors import DataError
-from gqe_jax.storage import location
+from gqe_jax.storage import Location, location
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Maps text to token ids and back."""
 
@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str: ...
 
 
 class ByteTokenizer:
@@ -35,7 +35,7 @@ class ByteTokenizer:
         """One uint8 array per text."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text; incomplete characters become U+FFFD, end-of-document tokens are dropped."""
         return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
 
@@ -51,7 +51,7 @@ class FileTokenizer:
       DataError: the file is no tokenizer, or has no such token.
     """
 
-    def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
+    def __init__(self, path: Location, end_of_document: str | None = None):
         import tokenizers  # not needed for bytes
 
         try:
@@ -77,12 +77,12 @@ class FileTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str | Location, end_of_document: str | None = None) -> Tokenizer:
     """Loads `byte` or a tokenizer.json.
 
     Raises:

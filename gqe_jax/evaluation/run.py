@@ -141,4 +141,5 @@ def evaluate_run(config: EvalConfig) -> RunEvaluation:
         limit=config.batches,
         progress=True,
     )
+    assert result is not None, "nothing stops it"
     return RunEvaluation(run_dir, found.step, config.split, result)

@@ -1,0 +1,14 @@
+"""The type checker that the tests put around every function of the packages."""
+
+from collections.abc import Callable
+
+import beartype
+
+
+def checked(function: Callable) -> Callable:
+    """Checks calls against annotations; leaves constructors alone.
+
+    JAX builds dataclasses of shapes, shardings and None from those of arrays, and configurations
+    name a wrong value themselves.
+    """
+    return function if function.__name__ == "__init__" else beartype.beartype(function)
