@@ -37,7 +37,7 @@ from gqe_jax.sharding import make_mesh
 from gqe_jax.storage import Location, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.state import lay_out_params
-from gqe_kernels import Implementation
+from gqe_kernels import ImplementationName
 
 CONFIG_FILE = "config.json"
 SPREAD = MeshConfig(data=1, fsdp=-1)
@@ -131,10 +131,11 @@ class Run:
         return self.config.mesh
 
     @property
-    def attention_kernel(self) -> Implementation | None:
+    def attention_kernel(self) -> ImplementationName | None:
         """The kernel that the run was trained with, or None where this platform lacks it."""
         kernel, platform = self.config.attention_kernel, jax.default_backend()
-        return kernel if _PLATFORMS.get(kernel, platform) == platform else None
+        needed = None if kernel is None else _PLATFORMS.get(kernel)
+        return kernel if needed in (None, platform) else None
 
     def load(self, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
         """Reads the parameters onto a mesh, and returns the model without them, and them.

@@ -218,7 +218,7 @@ class Split:
         return [np.frombuffer(data, self._dtype) for data in found]
 
 
-def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
+def corpus_tokenizer(directory: Location, manifest: Manifest) -> Tokenizer:
     """Loads the tokenizer that a corpus was made with, with the token that ends its documents."""
     is_byte = manifest.tokenizer == BYTE
     tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE)

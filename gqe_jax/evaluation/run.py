@@ -15,6 +15,7 @@ from gqe_jax.sharding import check_divides, make_mesh
 from gqe_jax.training.steps import make_steps
 
 _OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length", "tokenizer")
+from gqe_kernels import ImplementationName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class EvalConfig:
     """Held-out text: maximum number of batches; None: the whole split."""
     sequence_length: int | None = None
     """Held-out text: tokens per window; None: the run's."""
-    attention_kernel: str | None = None
+    attention_kernel: ImplementationName | None = None
     """Held-out text: the attention kernel; None: the best for the platform."""
     tasks: str | None = None
     """Names of tasks, groups or tags of the lm-evaluation-harness, separated by commas."""

@@ -1,7 +1,9 @@
 """Grouped Query Experts and its dense baseline, grouped-query attention, as `nnx.Module`s.
 
-Source: Grouped Query Experts, arXiv 2606.20945. For one token x [embed_dim]; g counts the groups, m
-the experts of a group, j = 1..k the ranks of those that the token selects; @ contracts embed_dim:
+Source: Grouped Query Experts, arXiv 2606.20945; the numbers of the equations are ours. An expert is
+a query head. For one token x [embed_dim]; g counts the num_kv_heads groups, m the experts of a group
+(num_query_experts / num_kv_heads of them), j = 1..top_k the ranks of those that the token selects;
+@ contracts embed_dim, and a head has head_dim features (None: embed_dim / num_query_experts):
 
 (1) key[g] = rope(x @ W_key[g]),  value[g] = x @ W_value[g]
 (2) query[g, m] = rope(x @ W_query[g, m]),  shared_query = rope(x @ W_shared_query)
@@ -13,24 +15,31 @@ the experts of a group, j = 1..k the ranks of those that the token selects; @ co
     weighted = sum over g, j of slot_weight[g, j] * hard[g, j],
     y = concatenate(hard[0, 1..k], hard[1, 1..k], ..., weighted, shared) @ W_out
 
-`attend(q, K, V)` is softmax(q · K / sqrt(head_dim)) V over the tokens up to and including q's, of
-the same segment; padding, segment 0, attends to nothing and has slots of zeros. `rope` rotates
-feature i of a head with feature i + head_dim / 2 by the angle
-position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos + a sin). With
-`qk_norm`, an RMSNorm over head_dim with one scale for all heads comes before it.
+`attend(q, key, value)` is softmax(q . key / sqrt(head_dim)) value, where key and value are those of
+all tokens up to and including q's in its segment; padding, segment 0, attends to nothing and has
+slots of zeros. `rope` rotates feature i of a head with feature i + head_dim / 2 by the angle
+position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos + a sin);
+`rope_scaling` changes these frequencies. With `qk_norm`, queries and keys are normed before `rope`:
+x / sqrt(mean(x ** 2) + qk_norm_epsilon) * scale over head_dim, with one scale [head_dim] for all
+queries, the shared one included, and one for all keys.
 
-The variants: `gqe` has all slots; `hard_concat` the hard ones; `weighted_concat` the hard ones,
-each times its `selected`; `gqa` attends with every query and has no router. With `shared_kv`
-`group_0` the shared head attends to key[0] and value[0]; with `own`, to projections of its own.
+Variants: `gqe` has all slots. `hard_concat` has the hard slots alone, so its router learns from the
+losses in the aux alone. `weighted_concat` has the hard slots, each times selected[g, j]. `gqa` has
+no router; its slots are attend(query[g, m], key[g], value[g]), group-major. The shared head attends
+as in (4) with `shared_kv` `mean`; to key[0] and value[0] with `group_0`; and with `own` to
+rope(x @ W_shared_key) and x @ W_shared_value.
 
 Modules hold parameters and configuration and no other state: a call is a pure function.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig, ConfigError
@@ -60,12 +69,14 @@ class AttentionAux:
 class _Attention(nnx.Module):
     """What both layers share: keys, values, W_out, and the call around `slots`."""
 
+    slots: Callable[..., tuple[Slots, AttentionAux, KVCache | None]]
+
     def __init__(
         self,
         config: AttentionConfig,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
@@ -100,12 +111,12 @@ class _Attention(nnx.Module):
 
         Args:
           x: the tokens.
-          positions: for RoPE; None: 0, 1, ..., or counted on from the cache.
+          positions: for RoPE; None: 0, 1, ... along the row, across segments, or on from the cache.
           segment_ids: tokens attend only within their segment; id 0 is padding, which attends to
             nothing and is left out of the router's statistics. With a cache, padding stands to the
             right and a row is one segment.
           cache: the keys and values so far, to which the tokens attend; the new ones are appended.
-          mask: True for tokens, False for padding: short for segment ids of 1 and 0.
+          mask: True for tokens, False for padding, where it sets the segment id to 0.
           return_routing: return `router_probs` and `expert_index` in the aux; gqa has none.
 
         Returns:
@@ -185,8 +196,8 @@ class GroupedQueryExperts(_Attention):
         self,
         config: AttentionConfig,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
@@ -209,17 +220,18 @@ class GroupedQueryExperts(_Attention):
             rngs=rngs,
         )
         if config.variant == "gqe":
-            shared = ["query"] + (["key", "value"] if config.shared_kv == "own" else [])
-            for name in shared:
-                module = projection(
-                    config.embed_dim,
-                    config.resolved_head_dim,
-                    ("embed", None),
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                setattr(self, f"shared_{name}", module)
+            shared = functools.partial(
+                projection,
+                config.embed_dim,
+                config.resolved_head_dim,
+                ("embed", None),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            self.shared_query = shared()
+            if config.shared_kv == "own":
+                self.shared_key, self.shared_value = shared(), shared()
 
     def slots(
         self,

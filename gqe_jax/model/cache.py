@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig
@@ -29,7 +30,7 @@ class KVCache:
 
     @classmethod
     def create(
-        cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype
+        cls, config: AttentionConfig, batch: int, capacity: int, dtype: DTypeLike
     ) -> "KVCache":
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         heads = (batch, config.num_kv_heads, capacity, config.resolved_head_dim)

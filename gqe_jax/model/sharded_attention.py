@@ -11,6 +11,7 @@ Decoding has no kernel: XLA partitions it, and moves only logits and outputs of 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from gqe_jax.sharding import partition_spec
 from gqe_kernels import Attention, Mask, Routed, Slots, best_attention
 from gqe_kernels.contract import AXES, MASK_AXES, map_with_axes
-from gqe_kernels.reference import mean_over_groups
+from gqe_kernels.reference import shared_operands
 
 
 def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
@@ -44,8 +45,7 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
 
         def local(routed: Routed, mask: Mask) -> tuple[Slots, Slots, Slots]:
             if routed.takes_mean and (group or sequence):
-                mean_key = mean_over_groups(routed.key, group)
-                mean_value = mean_over_groups(routed.value, group)
+                mean_key, mean_value = shared_operands(routed, group)
                 routed = dataclasses.replace(routed, shared_key=mean_key, shared_value=mean_value)
             if sequence:
                 routed, mask = _gather_keys(routed, mask, zigzag)
@@ -64,8 +64,8 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
     return on_mesh
 
 
-def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Routed, Mask]:
-    """The partition specs of the operands and of the mask."""
+def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Any, Any]:
+    """The partition specs of the operands and of the mask, in trees like theirs."""
     has_positions = mask.static_offset != 0
 
     def spec(x: Array, axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -128,17 +128,15 @@ def _shared_slot_by_parts(
     rows = q_len // (2 * shards * pieces)
     parts = jnp.stack([shard, 2 * shards - 1 - shard])
 
-    def take_parts(x: Array) -> Array:
+    def take_parts(x: Any) -> Array:
         return jnp.take(x.reshape(batch, pieces, 2 * shards, -1), parts, axis=2).reshape(
             batch, -1, *x.shape[2:]
         )
 
     offsets: Int[Array, "batch piece"] = jnp.broadcast_to(mask.offsets, (batch, pieces))
-    shared = Routed(
-        query=take_parts(routed.shared_query)[:, :, None, None],
-        key=routed.shared_key[:, :, None],
-        value=routed.shared_value[:, :, None],
-    )
+    key, value = shared_operands(routed)
+    query = take_parts(routed.shared_query)[:, :, None, None]
+    shared = Routed(query, key[:, :, None], value[:, :, None])
     mask = dataclasses.replace(
         mask.map_queries(take_parts),
         offset=(offsets[:, :, None] + parts * rows).reshape(batch, -1),

@@ -1,6 +1,7 @@
 """The decoder-only language model: pre-norm blocks, stacked along a leading axis and scanned."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ class Transformer(nnx.Module):
         def stack(rngs: nnx.Rngs) -> DecoderBlock:
             return DecoderBlock(config, implementation=implementation, rngs=rngs)
 
-        self.layers = stack(rngs)
+        self.layers: Any = stack(rngs)  # one stacked block; a list where `unrolled`
         self.final_norm = rms_norm(
             config.embed_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
         )
@@ -95,9 +96,9 @@ class Transformer(nnx.Module):
         *,
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | list[KVCache] | None = None,
         return_routing: bool = False,
-    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
+    ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | list[KVCache] | None]:
         """The final hidden states, before `logits`: a loss can take the vocabulary in chunks.
 
         Args:

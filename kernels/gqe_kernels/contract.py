@@ -63,11 +63,11 @@ class Routed:
         """Whether the shared head attends to the means over the groups of key and value."""
         return self.shared_query is not None and self.shared_key is None
 
-    def map_queries(self, function: Callable[[Array], Array]) -> "Routed":
+    def map_queries(self, function: Callable[[Array], Any]) -> "Routed":
         """The same operands with `function` applied to those that have a row for each query."""
         return _mapped(self, ("query", "expert_index", "slot_weight", "shared_query"), function)
 
-    def map_keys(self, function: Callable[[Array], Array]) -> "Routed":
+    def map_keys(self, function: Callable[[Array], Any]) -> "Routed":
         """The same operands with `function` applied to those that have a row for each key."""
         return _mapped(self, ("key", "value", "shared_key", "shared_value"), function)
 
@@ -88,7 +88,7 @@ class Mask:
 
     __no_type_check__ = True
 
-    offset: Int[Array, "batch piece"] | None = None
+    offset: Int[Array | np.ndarray, "batch piece"] | None = None
     q_segment_ids: Int[Array, "batch q_len"] | None = None
     kv_segment_ids: Int[Array, "batch kv_len"] | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -109,11 +109,11 @@ class Mask:
         """The position of the first query of each piece; a NumPy array where it is `start`."""
         return np.full((1, 1), self.start, np.int32) if self.offset is None else self.offset
 
-    def map_queries(self, function: Callable[[Array], Array]) -> "Mask":
+    def map_queries(self, function: Callable[[Array], Any]) -> "Mask":
         """The same mask with `function` applied to what has an entry for each query."""
         return _mapped(self, ("q_segment_ids",), function)
 
-    def map_keys(self, function: Callable[[Array], Array]) -> "Mask":
+    def map_keys(self, function: Callable[[Array], Any]) -> "Mask":
         """The same mask with `function` applied to what has an entry for each key."""
         return _mapped(self, ("kv_segment_ids",), function)
 
@@ -124,9 +124,10 @@ Implementation = ImplementationName | Attention
 # The logical axes of each array; a mesh maps their names to its own.
 _TOKENS: Any = ("batch", "sequence")
 _GROUPS: Any = (*_TOKENS, "group", None)
+_HEADS: Any = (*_GROUPS, None)
 _SHARED: Any = (*_TOKENS, None)
 AXES = Routed(
-    query=(*_GROUPS, None),
+    query=_HEADS,
     key=_GROUPS,
     value=_GROUPS,
     expert_index=_GROUPS,
@@ -140,7 +141,7 @@ MASK_AXES = Mask(offset=_OFFSETS, q_segment_ids=_TOKENS, kv_segment_ids=_TOKENS)
 
 
 def _mapped[Operands: (Routed, Mask)](
-    operands: Operands, names: tuple[str, ...], function: Callable[[Array], Array]
+    operands: Operands, names: tuple[str, ...], function: Callable[[Array], Any]
 ) -> Operands:
     given = {name: x for name in names if (x := getattr(operands, name)) is not None}
     return dataclasses.replace(operands, **{name: function(x) for name, x in given.items()})
@@ -164,7 +165,7 @@ def split_pieces(routed: Routed, mask: Mask) -> Iterator[tuple[Routed, Mask]]:
     pieces = mask.pieces
     for piece in range(pieces):
         part = functools.partial(_part, pieces=pieces, index=piece)
-        offset = mask.offset[:, piece : piece + 1]
+        offset = mask.offsets[:, piece : piece + 1]
         yield (
             routed.map_queries(part),
             dataclasses.replace(mask.map_queries(part), offset=offset),

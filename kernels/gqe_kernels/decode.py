@@ -43,12 +43,13 @@ def attend(
 
 def attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     """The slots, with whole logits in memory."""
-    if mask.pieces > 1 or not routed.takes_mean:
+    shared_query = routed.shared_query
+    if mask.pieces > 1 or shared_query is None or routed.shared_key is not None:
         return reference.attention(routed, mask, scale, attend=attend)
     selected = reference.select_experts(routed.query, routed.expert_index)
     shape = (*selected.shape[:3], 1, selected.shape[4])
-    shared_query = jnp.broadcast_to(routed.shared_query[:, :, None, None], shape)
-    heads = jnp.concatenate([selected, shared_query], axis=3)
+    every_group = jnp.broadcast_to(shared_query[:, :, None, None], shape)
+    heads = jnp.concatenate([selected, every_group], axis=3)
     out = attend(heads, routed.key, routed.value, mask, scale, last_reads_mean=True)
     hard, shared = out[:, :, :, :-1], jnp.mean(out[:, :, :, -1], axis=2)
     return reference.concatenate_slots(hard, routed.slot_weight, shared, routed.query.dtype)

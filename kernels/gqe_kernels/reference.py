@@ -72,8 +72,22 @@ def mean_over_groups(
     group, head_dim = x.shape[2:]
     flat = x.reshape(*x.shape[:2], -1)
     heads = [flat[:, :, g * head_dim : (g + 1) * head_dim] for g in range(group)]
-    mean = sum(head.astype(jnp.float32) for head in heads) / group
+    heads = [head.astype(jnp.float32) for head in heads]
+    mean = sum(heads[1:], start=heads[0]) / group
     return (jax.lax.pmean(mean, axis_names) if axis_names else mean).astype(x.dtype)
+
+
+def shared_operands(
+    routed: Routed, axis_names: tuple[str, ...] | None = None
+) -> tuple[Float[Array, "batch kv_len head_dim"], Float[Array, "batch kv_len head_dim"]]:
+    """The key and the value that the shared head attends to.
+
+    Args:
+      axis_names: mesh axes over which the groups are sharded, inside `shard_map`.
+    """
+    if routed.shared_key is not None and routed.shared_value is not None:
+        return routed.shared_key, routed.shared_value
+    return mean_over_groups(routed.key, axis_names), mean_over_groups(routed.value, axis_names)
 
 
 def attention(routed: Routed, mask: Mask, scale: float, *, attend: Attend = attend) -> Slots:
@@ -85,9 +99,7 @@ def attention(routed: Routed, mask: Mask, scale: float, *, attend: Attend = atte
     hard = attend(selected, routed.key, routed.value, mask, scale)
     shared = None
     if routed.shared_query is not None:
-        key, value = routed.shared_key, routed.shared_value
-        if routed.takes_mean:
-            key, value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+        key, value = shared_operands(routed)
         query = routed.shared_query[:, :, None, None]
         shared = attend(query, key[:, :, None], value[:, :, None], mask, scale)[:, :, 0, 0]
     return concatenate_slots(hard, routed.slot_weight, shared, routed.query.dtype)

@@ -7,7 +7,7 @@ weighted slot.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
-from gqe_kernels.reference import mean_over_groups, select_experts
+from gqe_kernels.reference import select_experts, shared_operands
 
 
 class _Static(NamedTuple):
@@ -94,13 +94,9 @@ def attention(
 def _by_head(routed: Routed, blocks: BlockSizes) -> tuple[Heads, ByHead]:
     """The heads of the launch and their operands, without padding."""
     batch, q_len, _, experts, head_dim = routed.query.shape
-    shared_query, shared_key, shared_value = (
-        routed.shared_query,
-        routed.shared_key,
-        routed.shared_value,
-    )
-    if routed.takes_mean:
-        shared_key, shared_value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+    shared_query, shared_key, shared_value = routed.shared_query, None, None
+    if shared_query is not None:
+        shared_key, shared_value = shared_operands(routed)
     heads = Heads(
         group=routed.query.shape[2],
         per_group=routed.top_k,
@@ -132,7 +128,7 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
     return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
 
 
-def _pad(x: Array | None, rows: int) -> Array | None:
+def _pad(x: Array | None, rows: int) -> Any:
     if x is None or rows == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
@@ -148,7 +144,8 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     found = forward(operands, mask, visited.forward, keep_selected=selects, **static._asdict())
     if not selects:
         found = found._replace(selected=operands.query)
-    operands = dataclasses.replace(operands, query=None, shared_query=None)
+    unread: Any = None  # the selected queries stand for both
+    operands = dataclasses.replace(operands, query=unread, shared_query=unread)
     return found.slots, (operands, mask, visited, found)
 
 

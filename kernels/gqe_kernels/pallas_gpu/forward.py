@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,9 +27,9 @@ from gqe_kernels.pallas_gpu.tile import (
 
 
 def _kernel(
-    refs: ByHead,
+    refs: Any,  # ByHead, of references
     table_ref,
-    mask: Mask,
+    mask: Any,  # Mask, of references
     out_ref,
     logsumexp_ref,
     selected_ref,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +44,8 @@ from gqe_kernels.pallas_tpu.tile import (
 
 def _kernel(
     table: Visits,
-    refs: Flat,
-    mask: Mask,
+    refs: Any,  # Flat, of references
+    mask: Any,  # Mask, of references
     out_ref,
     logsumexp_ref,
     query_scr,
@@ -60,7 +62,7 @@ def _kernel(
     b, i, step = (pl.program_id(axis) for axis in range(3))
     if tiles.diagonal_first:
         i, step = tiles.paired(i, step)
-        j = i + tiles.static_offset // tiles.kv - step
+        j = i + tiles.first_diagonal - step
         last_step = j == 0
     else:
         j = table.last[b, i] - step
@@ -90,6 +92,7 @@ def _kernel(
         """Softmax and sum of one head's tile; `value` has the columns of ones, if any."""
         keys = logits.shape[1]
         new_max = jnp.max(logits, axis=1, keepdims=True)
+        rescale: Any = None
         if first:
             new_max = jnp.broadcast_to(new_max, (logits.shape[0], LANES))
         else:
@@ -132,7 +135,7 @@ def _kernel(
             x = ref[:, lanes]
             return zero_beyond(x, j * tiles.kv, tiles.kv_len) if ragged else x
 
-        def work():
+        def work() -> Iterator[Any]:
             """Heads and rows, with the keys and values that they read."""
             for u in range(layout.units):
                 lanes = pl.ds(u * row, row)
@@ -158,7 +161,7 @@ def _kernel(
 
         # The compiler keeps to the order written: the next product of queries and keys stands
         # before the softmax that waits for this one's, so that the MXU has work meanwhile.
-        waiting = None
+        waiting: Any = None
         for head, key, value in work():
             for start in range(0, tiles.q, blocks.strip):
                 rows = slice(start, start + blocks.strip)
@@ -269,7 +272,7 @@ def forward(
     def kv_block(b, i, step, table):
         if tiles.diagonal_first:
             i, step = tiles.paired(i, step)
-            return jnp.maximum(i + tiles.static_offset // tiles.kv - step, 0)
+            return jnp.maximum(i + tiles.first_diagonal - step, 0)
         # Once its own blocks are done, a row of blocks names the next row's first, so that it is
         # fetched behind the last product; blocks that are not visited are not fetched.
         block = table.last[b, i] - step
@@ -281,7 +284,7 @@ def forward(
             (None, tiles.kv, lanes), lambda b, i, j, table: (b, kv_block(b, i, j, table), 0)
         )
 
-    def rows(x, spec):
+    def rows(x, spec) -> Any:
         return None if x is None else spec(x.shape[-1])
 
     specs = Flat(
