@@ -41,7 +41,9 @@ def unsupported(
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query: dtype {query.dtype}, where bfloat16 or float16 is needed"
     if query.shape[-1] not in DEFAULTS:
-        return f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is"
+        return (
+            f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is needed"
+        )
     if query.size == 0 or routed.key.size == 0:
         return "query, key: an array without entries"
     if not scale > 0:

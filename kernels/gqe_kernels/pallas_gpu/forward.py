@@ -173,7 +173,7 @@ def _kernel(
         )
         pl.when(warpgroup == 1)(take_turns)
         carry = lax.fori_loop(0, visit.whole, functools.partial(step, masked=False), carry)
-        if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+        if mask.hides_any or kv_end is not None:
             masked = functools.partial(step, masked=True)
             carry = lax.fori_loop(visit.whole, visit.steps, masked, carry)
         pl.when(warpgroup == 0)(take_turns)
@@ -236,7 +236,7 @@ def forward(
         tiles=q_len // tile_rows,
         batch=batch,
         heads=heads.number,
-        descending=True,  # the last queries see the most keys
+        descending=True,  # where causal, the last queries see the most keys
         programs=blocks.programs or multiprocessors(),
     )
 
