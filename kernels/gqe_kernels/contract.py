@@ -184,7 +184,7 @@ def split_pieces(routed: Routed, mask: Mask) -> Iterator[tuple[Routed, Mask]]:
         )
 
 
-def _part(x: Array, *, pieces: int, index: int) -> Array:
+def _part(x: AnyArray, *, pieces: int, index: int) -> Array:
     return jnp.split(x, pieces, axis=1)[index]
 
 

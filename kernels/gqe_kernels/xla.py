@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gqe_kernels import reference
-from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.contract import AnyArray, Mask, Routed, Slots
 from gqe_kernels.reference import Heads, Keys
 
 MASKED = -1e30
@@ -59,7 +59,7 @@ def attend(
     return jnp.transpose(out, (0, 3, 1, 2, 4))[:, :q_len]
 
 
-def _pad(x: jax.Array, rows: int) -> jax.Array:
+def _pad(x: AnyArray, rows: int) -> AnyArray:
     return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2)) if rows else x
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
+from gqe_kernels.contract import AnyArray, Mask, Routed, Slots, split_pieces
 from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
@@ -130,7 +130,7 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
     return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
 
 
-def _pad(x: Array | None, rows: int) -> Any:
+def _pad(x: AnyArray | None, rows: int) -> Any:
     if x is None or rows == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
