@@ -32,7 +32,7 @@ def test_loss_equals_the_logits_of_each_window(corpus, tmp_path):
     options = {"batch_size": 8, "sequence_length": 32}
     result = evaluate(steps, params, corpus.validation, DataConfig(), **options)
 
-    model = nnx.merge(steps.graphdef, jax.device_get(params))
+    model = nnx.merge(steps.layout.graphdef, jax.device_get(params))
     stream = corpus.validation.read(0, len(corpus.validation))
     nats = 0.0
     logits_of = nnx.jit(lambda model, tokens: model.logits(model(tokens)[0]))
