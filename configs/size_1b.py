@@ -10,14 +10,7 @@ The mesh fills any slice: 16 shards, each 128 of the 2048 columns, and the rest 
 """
 
 from configs.variants import variant_of
-from gqe_jax.config import (
-    AttentionConfig,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from gqe_jax import AttentionConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 
 GQE = RunConfig(
     model=ModelConfig(

@@ -18,14 +18,7 @@ context 16 on v5p:4x4x8, where a chip has pieces of two sequences, and data 2 on
 import dataclasses
 
 from configs.variants import variant_of
-from gqe_jax.config import (
-    AttentionConfig,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from gqe_jax import AttentionConfig, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 
 GQE = RunConfig(
     model=ModelConfig(

@@ -4,6 +4,7 @@ Errors name the field, its value and the valid values.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 from gqe_jax.errors import UserError
@@ -20,20 +21,24 @@ class ConfigError(UserError, ValueError):
     """A field of a configuration has an invalid value."""
 
 
-def _check(condition: bool, field: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field} is {value!r}; {remedy}")
+def _check(config: Any, field: str, is_right: bool, remedy: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{field} is {getattr(config, field)!r}; {remedy}")
 
 
 def _check_positive(config: Any, *fields: str) -> None:
     for field in fields:
-        _check(getattr(config, field) > 0, field, getattr(config, field), "it must be positive")
+        _check(config, field, getattr(config, field) > 0, "it must be positive")
+
+
+def _check_not_negative(config: Any, *fields: str) -> None:
+    for field in fields:
+        _check(config, field, getattr(config, field) >= 0, "it must be >= 0")
 
 
 def _check_choice(config: Any, field: str, choices: Any) -> None:
-    names = ", ".join(get_args(choices))
-    value = getattr(config, field)
-    _check(value in get_args(choices), field, value, f"it must be one of {names}")
+    names = get_args(choices)
+    _check(config, field, getattr(config, field) in names, f"it must be one of {', '.join(names)}")
 
 
 def check_kernel(config: Any) -> None:
@@ -61,12 +66,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_choice(self, "kind", RopeScalingKind)
         _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_length")
-        _check(
-            self.high_freq_factor > self.low_freq_factor,
-            "high_freq_factor",
-            self.high_freq_factor,
-            f"it must exceed low_freq_factor ({self.low_freq_factor})",
-        )
+        exceeds = self.high_freq_factor > self.low_freq_factor
+        remedy = f"it must exceed low_freq_factor ({self.low_freq_factor})"
+        _check(self, "high_freq_factor", exceeds, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,39 +104,22 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         _check_choice(self, "variant", Variant)
         _check_choice(self, "shared_kv", SharedKV)
-        _check_positive(
-            self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k", "rope_theta"
-        )
-        _check_positive(self, "qk_norm_epsilon")
-        if self.head_dim is None:
-            _check(
-                self.embed_dim % self.num_query_experts == 0,
-                "embed_dim",
-                self.embed_dim,
-                f"it must be a multiple of num_query_experts ({self.num_query_experts}), "
-                "or head_dim must be given",
-            )
+        _check_positive(self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k")
+        _check_positive(self, "rope_theta", "qk_norm_epsilon")
+        _check_not_negative(self, "router_init_std")
+        experts, groups = self.num_query_experts, self.num_kv_heads
+        remedy = f"it must be a multiple of num_query_experts ({experts}), or head_dim be given"
+        _check(self, "embed_dim", self.head_dim is not None or not self.embed_dim % experts, remedy)
         head_dim = self.resolved_head_dim
-        _check(
-            head_dim > 0 and head_dim % 2 == 0,
-            "head_dim",
-            head_dim,
-            "rotary embedding rotates pairs, so it must be even and positive",
-        )
-        _check(
-            self.num_query_experts % self.num_kv_heads == 0,
-            "num_query_experts",
-            self.num_query_experts,
-            f"it must be a multiple of num_kv_heads ({self.num_kv_heads})",
-        )
-        _check(
-            self.top_k <= self.experts_per_group,
-            "top_k",
-            self.top_k,
-            f"a group has {self.experts_per_group} experts (num_query_experts / num_kv_heads), "
-            "so it must be at most that",
-        )
-        _check(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be >= 0")
+        if head_dim <= 0 or head_dim % 2:
+            raise ConfigError(
+                f"head_dim is {head_dim}; rotary embedding rotates pairs, so it must be even and "
+                "positive"
+            )
+        remedy = f"it must be a multiple of num_kv_heads ({groups})"
+        _check(self, "num_query_experts", experts % groups == 0, remedy)
+        remedy = f"a group has {experts // groups} experts (num_query_experts / num_kv_heads), so "
+        _check(self, "top_k", self.top_k <= experts // groups, remedy + "it must be at most that")
 
     @property
     def resolved_head_dim(self) -> int:
@@ -211,7 +196,7 @@ class DataConfig:
     """Number of batches to read ahead."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.corpus), "corpus", self.corpus, "name a corpus or a directory")
+        _check(self, "corpus", bool(self.corpus), "name a corpus or a directory")
         _check_positive(self, "read_threads", "prefetch")
 
 
@@ -256,30 +241,18 @@ class OptimizerConfig:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
-            value = getattr(self, field)
-            _check(0 <= value <= 1, field, value, "it must be between 0 and 1")
-        _check(
-            self.warmup_fraction + self.decay_fraction <= 1,
-            "warmup_fraction",
-            self.warmup_fraction,
-            f"with decay_fraction ({self.decay_fraction}) it must not exceed 1",
-        )
-        _check(
-            0 <= self.final_learning_rate <= self.peak_learning_rate,
-            "final_learning_rate",
-            self.final_learning_rate,
-            f"it must be between 0 and peak_learning_rate ({self.peak_learning_rate})",
-        )
+            _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
+        fits = self.warmup_fraction + self.decay_fraction <= 1
+        remedy = f"with decay_fraction ({self.decay_fraction}) it must not exceed 1"
+        _check(self, "warmup_fraction", fits, remedy)
+        fits = 0 <= self.final_learning_rate <= self.peak_learning_rate
+        remedy = f"it must be between 0 and peak_learning_rate ({self.peak_learning_rate})"
+        _check(self, "final_learning_rate", fits, remedy)
         for field in ("beta1", "beta2", "zclip_alpha"):
-            value = getattr(self, field)
-            _check(0 <= value < 1, field, value, "it must be at least 0 and less than 1")
-        for field in (
-            "weight_decay",
-            "load_balancing_weight",
-            "router_z_loss_weight",
-            "z_loss_weight",
-        ):
-            _check(getattr(self, field) >= 0, field, getattr(self, field), "it must be >= 0")
+            fits = 0 <= getattr(self, field) < 1
+            _check(self, field, fits, "it must be at least 0 and less than 1")
+        _check_not_negative(self, "weight_decay", "load_balancing_weight")
+        _check_not_negative(self, "router_z_loss_weight", "z_loss_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,9 +270,10 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for field, size in self.sizes.items():
-            _check(size > 0 or size == -1, field, size, "it must be positive, or -1 to fill up")
+            _check(self, field, size > 0 or size == -1, "it must be positive, or -1 to fill up")
         free = [field for field, size in self.sizes.items() if size == -1]
-        _check(len(free) <= 1, ", ".join(free), -1, "at most one axis can be -1")
+        if len(free) > 1:
+            raise ConfigError(f"{', '.join(free)} is -1; at most one axis can be -1")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -317,31 +291,25 @@ class MeshConfig:
           ConfigError: the axes do not multiply to `num_devices`.
         """
         sizes = self.sizes
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size if size != -1 else 1
-        _check(
-            fixed <= num_devices,
-            "mesh",
-            sizes,
-            f"it needs {fixed} devices and there are {num_devices}: make an axis smaller",
-        )
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if fixed > num_devices:
+            raise ConfigError(
+                f"mesh is {sizes!r}; it needs {fixed} devices and there are {num_devices}: make an "
+                "axis smaller"
+            )
         for field, size in sizes.items():
             if size == -1:
-                _check(
-                    num_devices % fixed == 0,
-                    f"mesh.{field}",
-                    size,
-                    f"the other axes take {fixed} devices, which does not divide {num_devices}",
-                )
-                sizes[field] = num_devices // fixed
-                return sizes
-        _check(
-            fixed == num_devices,
-            "mesh",
-            sizes,
-            f"it uses {fixed} of {num_devices} devices: set one axis to -1 to use all",
-        )
+                if num_devices % fixed:
+                    raise ConfigError(
+                        f"mesh.{field} is -1; the other axes take {fixed} devices, which does not "
+                        f"divide {num_devices}"
+                    )
+                return sizes | {field: num_devices // fixed}
+        if fixed < num_devices:
+            raise ConfigError(
+                f"mesh is {sizes!r}; it uses {fixed} of {num_devices} devices: set one axis to -1 "
+                "to use all"
+            )
         return sizes
 
 
@@ -382,29 +350,15 @@ class RunConfig:
     """Number of latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.run_dir), "run_dir", self.run_dir, "name a directory")
-        _check_positive(
-            self,
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "accumulation_steps",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        )
-        _check(self.seed >= 0, "seed", self.seed, "it must be >= 0")
+        _check(self, "run_dir", bool(self.run_dir), "name a directory")
+        _check_positive(self, "steps", "batch_size", "sequence_length", "accumulation_steps")
+        _check_positive(self, "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+        _check_not_negative(self, "seed")
         check_kernel(self)
-        _check(
-            self.eval_batches is None or self.eval_batches > 0,
-            "eval_batches",
-            self.eval_batches,
-            "it must be positive, or None for all",
-        )
-        _check(
-            self.batch_size % self.accumulation_steps == 0,
-            "batch_size",
-            self.batch_size,
-            f"it must be a multiple of accumulation_steps ({self.accumulation_steps})",
-        )
+        if self.eval_batches is not None and self.eval_batches <= 0:
+            raise ConfigError(
+                f"eval_batches is {self.eval_batches}; it must be positive, or None for all"
+            )
+        divides = self.batch_size % self.accumulation_steps == 0
+        remedy = f"it must be a multiple of accumulation_steps ({self.accumulation_steps})"
+        _check(self, "batch_size", divides, remedy)

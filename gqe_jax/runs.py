@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.config_json import from_dict, to_dict
-from gqe_jax.data.corpus import read_manifest, written_whole
+from gqe_jax.data.corpus import corpus_tokenizer, read_manifest, written_whole
 from gqe_jax.data.stdlib import STDLIB
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
@@ -169,29 +169,20 @@ class Run:
           DataError: there is none, or it has more tokens than the model.
         """
         own, corpus = location(self.directory) / TOKENIZER_FILE, self.config.data.corpus
-        name, end_of_document = named, None
-        if name is None and own.is_file():
-            name = str(own)
-        elif name is None and corpus == STDLIB:
-            name = BYTE
-        elif name is None:
+        if named is not None or own.is_file() or corpus == STDLIB:
+            tokenizer = load_tokenizer(named or (own if own.is_file() else BYTE))
+        else:
             try:
-                manifest = read_manifest(location(corpus))
+                tokenizer = corpus_tokenizer(location(corpus), read_manifest(location(corpus)))
             except DataError as error:
                 raise DataError(
                     f"tokenizer: {own} is not there, and of the corpus that {self.directory} was "
                     f"trained on: {error}. Name the tokenizer: --tokenizer byte, or a "
                     "tokenizer.json"
                 ) from None
-            is_byte = manifest.tokenizer == BYTE
-            name = BYTE if is_byte else str(location(corpus) / TOKENIZER_FILE)
-            end_of_document = manifest.end_of_document
-        tokenizer = load_tokenizer(name)
-        if end_of_document is not None:
-            tokenizer.end_of_document = end_of_document
         if tokenizer.vocab_size > self.config.model.vocab_size:
             raise DataError(
-                f"tokenizer {name} has {tokenizer.vocab_size} tokens and the model of "
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model of "
                 f"{self.directory} {self.config.model.vocab_size}; name the tokenizer it was "
                 "trained with"
             )

@@ -215,6 +215,14 @@ class Split:
         return [np.frombuffer(data, self._dtype) for data in found]
 
 
+def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
+    """Loads the tokenizer that a corpus was made with, with the token that ends its documents."""
+    is_byte = manifest.tokenizer == BYTE
+    tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE)
+    tokenizer.end_of_document = manifest.end_of_document
+    return tokenizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """An open corpus."""
@@ -240,10 +248,8 @@ class Corpus:
         return cls(directory, manifest, fingerprint, *splits)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was prepared with."""
-        if self.manifest.tokenizer == BYTE:
-            return load_tokenizer(BYTE)
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
+        """Loads the tokenizer that the corpus was made with."""
+        return corpus_tokenizer(self.directory, self.manifest)
 
     def check(self, *, vocab_size: int, sequence_length: int) -> None:
         """Checks that a model of this vocabulary can be trained on windows of this length.

@@ -182,9 +182,7 @@ def _run_in_processes(run, tasks, processes: int, bar) -> list[dict[str, SplitIn
 
 def main() -> None:
     """Runs the command line."""
-    config = parse(
-        PrepareConfig, sys.argv[1:], prog="python -m gqe_jax.data.prepare", description=__doc__
-    )
+    config = parse(PrepareConfig, sys.argv[1:], prog="prepare", description=__doc__)
     manifest = run_command(lambda: prepare(config))
     for split, info in manifest.splits.items():
         print(

@@ -63,18 +63,9 @@ class TrigramConfig:
 
 def main() -> None:
     """Runs the command line."""
-    config = parse(
-        TrigramConfig,
-        sys.argv[1:],
-        prog="python -m gqe_jax.evaluation.trigram",
-        description=__doc__,
-    )
-
-    def score() -> HeldOut:
-        corpus = open_corpus(config.corpus)
-        return trigram_held_out(corpus.train, corpus.validation)
-
-    result = run_command(score)
+    config = parse(TrigramConfig, sys.argv[1:], prog="trigram", description=__doc__)
+    corpus = run_command(lambda: open_corpus(config.corpus))
+    result = run_command(lambda: trigram_held_out(corpus.train, corpus.validation))
     print(f"{result.bits_per_byte:.4f} bits per byte on {result.tokens:,} held-out tokens")
 
 

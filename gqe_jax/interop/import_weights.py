@@ -16,13 +16,7 @@ import tyro
 from flax import nnx
 
 from gqe_jax.commands import parse, run_command
-from gqe_jax.config import (
-    ConfigError,
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    RunConfig,
-)
+from gqe_jax.config import ConfigError, DataConfig, Dtype, ModelConfig, RunConfig
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.interop import hf_config

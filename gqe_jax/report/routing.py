@@ -14,7 +14,7 @@ from gqe_jax.config import AttentionConfig, MeshConfig
 from gqe_jax.data import DataError, open_corpus
 from gqe_jax.data.tokenizers import Tokenizer
 from gqe_jax.runs import Run
-from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
+from gqe_jax.sharding import OnMesh, batch_sharding, check_divides, make_mesh
 
 END_OF_DOCUMENT = "␄"
 
@@ -78,14 +78,15 @@ def route_text(
     windows = np.pad(tokens, padding).reshape(rows, length)
     segments = np.pad(np.ones(len(tokens), np.int32), padding).reshape(rows, length)
 
-    @nnx.jit
-    def forward(model, windows, segments):
+    graphdef, params = run.load(devices)
+
+    def forward(params, windows, segments):
+        model = nnx.merge(graphdef, params)
         _, aux, _ = model(windows, segment_ids=segments, return_routing=True)
         return aux.expert_index, aux.router_probs
 
-    with jax.set_mesh(devices):
-        inputs = jax.device_put((windows, segments), batch_sharding(devices))
-        routing = jax.device_get(forward(run.model(devices), *inputs))
+    inputs = jax.device_put((windows, segments), batch_sharding(devices))
+    routing = jax.device_get(OnMesh(devices, jax.jit(forward))(params, *inputs))
     index, probs = (
         x.reshape(len(x), rows * length, *x.shape[3:])[:, : len(tokens)] for x in routing
     )

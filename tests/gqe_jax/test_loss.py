@@ -1,13 +1,21 @@
 """Chunked cross-entropy against the whole, and the router's losses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqe_jax.config import OptimizerConfig
+from gqe_jax.config import MeshConfig, OptimizerConfig
 from gqe_jax.model.attention import AttentionAux
-from gqe_jax.training.loss import chunked_cross_entropy, chunked_divergence, router_loss
+from gqe_jax.sharding import OnMesh, make_mesh
+from gqe_jax.training.loss import (
+    chunked_cross_entropy,
+    chunked_divergence,
+    chunked_scores,
+    router_loss,
+)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 11, 512])
@@ -53,6 +61,25 @@ def test_divergence_from_a_teacher_of_another_width(chunk):
 
     grad = jax.grad(lambda h: chunked_divergence(h, *arrays[1:], chunk=chunk))(arrays[0])
     np.testing.assert_allclose(grad, weights[..., None] * (ours - theirs) @ table, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, context=2, tensor=2)])
+def test_scores_of_each_row(mesh):
+    """Targets that are the most probable, some of them tied with a later token, and others."""
+    rng = np.random.default_rng(0)
+    hidden, table = rng.standard_normal((2, 12, 8)), rng.standard_normal((16, 8))
+    table[13] = table[2]
+    logits = hidden @ table.T
+    targets = np.where(rng.random((2, 12)) > 0.5, logits.argmax(-1), rng.integers(0, 16, (2, 12)))
+    weights = (rng.random((2, 12)) > 0.3).astype(np.float64)
+    at_target = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = at_target - np.log(np.exp(logits).sum(axis=-1))
+    arrays = jnp.float32(hidden), jnp.float32(table), targets, jnp.float32(weights)
+    score = jax.jit(functools.partial(chunked_scores, chunk=5))
+    sums, misses = (score if mesh is None else OnMesh(make_mesh(mesh), score))(*arrays)
+    np.testing.assert_allclose(sums, np.sum(weights * nats, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(misses, np.sum(weights * (logits.argmax(-1) != targets), axis=1))
+    assert (misses > 0).all()
 
 
 def test_the_logits_of_the_whole_batch_never_exist():
