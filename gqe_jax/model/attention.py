@@ -281,8 +281,8 @@ class GroupedQueryExperts(_Attention):
         if config.variant == "weighted_concat":
             slots *= selected.reshape(*slots.shape[:3], 1).astype(slots.dtype)
 
-        is_token = jnp.ones(x.shape[:2]) if segment_ids is None else segment_ids != 0
-        is_token = is_token.astype(jnp.float32)
+        is_token = True if segment_ids is None else segment_ids != 0
+        is_token = jnp.broadcast_to(jnp.asarray(is_token, jnp.float32), x.shape[:2])
         load = routing.expert_load(expert_index, config.experts_per_group, is_token)
         aux = AttentionAux(
             load_balancing_loss=routing.load_balancing_loss(probs, load, is_token),

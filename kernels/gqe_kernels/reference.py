@@ -10,6 +10,7 @@ from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
 
 Heads = Float[Array, "batch q_len group head head_dim"]
 Keys = Float[Array, "batch kv_len group head_dim"]
+AxisNames = str | tuple[str, ...] | None
 Attend = Callable[[Heads, Keys, Keys, Mask, float], Heads]
 
 
@@ -59,7 +60,7 @@ def select_experts(
 
 
 def mean_over_groups(
-    x: Float[Array, "batch kv_len group head_dim"], axis_names: tuple[str, ...] | None = None
+    x: Float[Array, "batch kv_len group head_dim"], axis_names: AxisNames = None
 ) -> Float[Array, "batch kv_len head_dim"]:
     """The keys or values that the shared head attends to; summed in float32.
 
@@ -78,7 +79,7 @@ def mean_over_groups(
 
 
 def shared_operands(
-    routed: Routed, axis_names: tuple[str, ...] | None = None
+    routed: Routed, axis_names: AxisNames = None
 ) -> tuple[Float[Array, "batch kv_len head_dim"], Float[Array, "batch kv_len head_dim"]]:
     """The key and the value that the shared head attends to.
 
