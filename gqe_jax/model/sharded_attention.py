@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_jax.sharding import partition_spec
 from gqe_kernels import Attention, Mask, Routed, Slots, best_attention
-from gqe_kernels.contract import AXES, MASK_AXES, map_with_axes
+from gqe_kernels.contract import AXES, MASK_AXES, AnyArray, map_with_axes
 from gqe_kernels.reference import AxisNames, shared_operands
 
 
@@ -68,7 +68,7 @@ def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Any, Any]:
     """The partition specs of the operands and of the mask, in trees like theirs."""
     has_positions = mask.static_offset != 0
 
-    def spec(x: Array, axes: tuple[str | None, ...]) -> PartitionSpec:
+    def spec(x: AnyArray, axes: tuple[str | None, ...]) -> PartitionSpec:
         if has_positions:
             axes = tuple(None if axis == "sequence" else axis for axis in axes)
         return partition_spec(axes, x.shape, mesh)

@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
+        tokens: Int[AnyArray, "batch length"],
         *,
         positions: Int[AnyArray, "batch length"] | None = None,
         segment_ids: Int[AnyArray, "batch length"] | None = None,

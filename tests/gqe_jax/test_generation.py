@@ -192,12 +192,14 @@ def test_pieces_add_up_to_the_text_whatever_the_bytes():
     assert sum(decoded) < 20 * len(tokens)
 
 
+@pytest.mark.wrong_types
 def test_words_keep_the_space_before_them():
     """As SentencePiece's decoders, which leave out the space before the first token."""
     stream = TextStream(lambda words: "".join(words).removeprefix(" "))
     assert [stream.push(word) for word in (" a", " b", "c", " ", "d")] == ["a", " b", "c", " ", "d"]
 
 
+@pytest.mark.wrong_types
 def test_text_goes_on_behind_a_broken_character():
     """As the decoders with bytes for want of a word, to whom one byte spoils all beside it."""
 
