@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             tokens, positions = to_zigzag(tokens), to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
-        x = constrain(self.embedding(tokens), "batch", "sequence", None)
+        x = constrain(self.embedding(jnp.asarray(tokens)), "batch", "sequence", None)
 
         def block(layer: DecoderBlock, x: Array, cache: KVCache | None):
             return layer(
