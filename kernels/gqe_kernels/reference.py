@@ -1,5 +1,6 @@
 """The semantics of the contract in plain float32 JAX: the oracle of every other implementation."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -46,6 +47,19 @@ def masked_softmax(
     weights = jnp.exp(jnp.where(mask, logits - row_max, -jnp.inf))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
+
+
+def float32_einsum(subscripts: str, x: Array, y: Array) -> Array:
+    """A product of operands in their own dtype, summed in float32.
+
+    XLA:CPU has no code for some shapes of bfloat16 operands with a float32 result, as in decoding,
+    so there the operands are float32, in which their products are the same.
+    """
+    in_float32 = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float32:
+        return in_float32(x, y)
+    on_cpu = lambda x, y: in_float32(x.astype(jnp.float32), y.astype(jnp.float32))  # noqa: E731
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=in_float32)
 
 
 def select_experts(

@@ -159,6 +159,7 @@ def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
         routed_attention(**arrays, **masking, implementation="pallas_gpu")
 
 
+@pytest.mark.wrong_types
 def test_a_gpu_that_is_no_hopper_is_named():
     ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
     query, key = jnp.ones((1, 64, 2, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)

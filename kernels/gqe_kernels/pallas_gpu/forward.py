@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels.contract import Mask
+from gqe_kernels.contract import AnyArray, Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, launch, multiprocessors, share_out
@@ -212,7 +212,7 @@ class Forward(NamedTuple):
 def forward(
     operands: ByHead,
     mask: Mask,
-    table: Int[Array, "batch q_tile 5"],
+    table: Int[AnyArray, "batch q_tile 5"],
     *,
     heads: Heads,
     scale: float,
