@@ -65,7 +65,7 @@ class UpcycleConfig:
     """The training that follows also learns the dense run's predictions, with
     `optimizer.distillation_weight`."""
     seed: int = 0
-    """Of the router's weights and of the order of the text."""
+    """Seed of the router's weights and of the order of the text."""
 
     def __post_init__(self) -> None:
         for field in ("calibration_batches", "steps"):

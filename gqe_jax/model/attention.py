@@ -335,12 +335,9 @@ class GroupedQueryAttention(_Attention):
         routed, mask, cache = with_cache(routed, segment_ids, cache)
         attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))
-        zero = jnp.zeros((), jnp.float32)
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         group = self.config.num_kv_heads
-        aux = AttentionAux(
-            zero, zero, jnp.zeros((group, 0), jnp.float32), jnp.zeros(group, jnp.float32)
-        )
-        return slots, aux, cache
+        return slots, AttentionAux(zeros(()), zeros(()), zeros((group, 0)), zeros(group)), cache
 
 
 def make_attention(

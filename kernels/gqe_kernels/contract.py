@@ -7,8 +7,8 @@ layer before W_O: the hard slots `o[g, j]`, group-major and within a group by ra
 """
 
 import dataclasses
-import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -174,18 +174,11 @@ def map_with_axes[Operands: (Routed, Mask)](
 
 def split_pieces(routed: Routed, mask: Mask) -> Iterator[tuple[Routed, Mask]]:
     """Each piece of the queries with its own mask, for implementations that know one position."""
-    pieces = mask.pieces
-    for piece in range(pieces):
-        part = functools.partial(_part, pieces=pieces, index=piece)
+    length = routed.query.shape[1] // mask.pieces
+    for piece in range(mask.pieces):
+        take = operator.itemgetter((slice(None), slice(piece * length, (piece + 1) * length)))
         offset = mask.offsets[:, piece : piece + 1]
-        yield (
-            routed.map_queries(part),
-            dataclasses.replace(mask.map_queries(part), offset=offset),
-        )
-
-
-def _part(x: AnyArray, *, pieces: int, index: int) -> Array:
-    return jnp.split(x, pieces, axis=1)[index]
+        yield routed.map_queries(take), dataclasses.replace(mask.map_queries(take), offset=offset)
 
 
 def default_scale(head_dim: int) -> float:

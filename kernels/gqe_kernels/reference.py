@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
+from gqe_kernels.contract import AnyArray, Mask, Routed, Slots, split_pieces
 
 Heads = Float[Array, "batch q_len group head head_dim"]
 Keys = Float[Array, "batch kv_len group head_dim"]
@@ -90,6 +91,13 @@ def mean_over_groups(
     heads = [head.astype(jnp.float32) for head in heads]
     mean = sum(heads[1:], start=heads[0]) / group
     return (jax.lax.pmean(mean, axis_names) if axis_names else mean).astype(x.dtype)
+
+
+def pad_rows(x: AnyArray | None, rows: int) -> Any:
+    """`x` [batch, length, ...] with so many rows of zeros behind its last."""
+    if x is None or rows == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
 
 
 def shared_operands(

@@ -112,7 +112,7 @@ def test_costs_are_counted_by_hand():
 
 
 def test_a_product_written_as_a_convolution():
-    """Of [2, 2048, 1024] and [1024, 4, 64], as libtpu writes it: mostly of padding."""
+    """The product of [2, 2048, 1024] and [1024, 4, 64] as libtpu writes it, mostly padding."""
     program = hlo.parse("""\
 ENTRY %main (p.0: bf16[2,2048,1024,1], p.1: bf16[1024,4,64,1]) -> bf16[2,2048,4,64] {
   %p.0 = bf16[2,2048,1024,1]{2,1,3,0:T(8,128)(2,1)} parameter(0)

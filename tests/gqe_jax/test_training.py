@@ -44,7 +44,7 @@ def make_batch(step: int, segments: bool = False) -> Batch:
 
 
 def losses(config: RunConfig, devices: int, segments: bool = False) -> list[float]:
-    """Of 20 steps on the first `devices` devices."""
+    """The losses of 20 steps on the first `devices` devices."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     steps = make_steps(config, mesh)
     state, values = steps.layout.init(), []
