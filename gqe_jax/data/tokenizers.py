@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str: ...
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str: ...
 
 
 class ByteTokenizer:
@@ -35,7 +35,7 @@ class ByteTokenizer:
         """One uint8 array per text."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text; incomplete characters become U+FFFD, end-of-document tokens are dropped."""
         return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
 
@@ -77,7 +77,7 @@ class FileTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 

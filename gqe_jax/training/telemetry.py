@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from upath import UPath
 
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 from gqe_kernels.chips import peak_flops
+
+Stream = io.TextIOBase | TextIO  # a StringIO is no TextIO
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -64,7 +67,7 @@ class Telemetry:
         steps: int,
         flops_per_token: float,
         devices: list[jax.Device],
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ):
         self._run_dir = location(run_dir)
         self._start, self._steps = start, steps

@@ -63,6 +63,7 @@ def test_utilisation_is_flops_over_the_peak(tmp_path):
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e9 / (2 * 197e12))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
