@@ -79,7 +79,7 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text, without special tokens."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
 
 def load_tokenizer(name: str | Location, end_of_document: str | None = None) -> Tokenizer:

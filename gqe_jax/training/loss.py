@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from gqe_jax.config import OptimizerConfig
 from gqe_jax.model.attention import AttentionAux
@@ -66,7 +66,7 @@ def chunked_scores(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
     targets: Int[Array | np.ndarray, "batch length"],
-    weights: Float[Array | np.ndarray, "batch length"],
+    weights: Num[Array | np.ndarray, "batch length"] | Bool[Array | np.ndarray, "batch length"],
     *,
     chunk: int = 256,
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
