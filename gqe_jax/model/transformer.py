@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
     def logit_table(self) -> Float[Array, "vocab embed"]:
         """What the final hidden states are multiplied with: the embedding, where it is tied."""
         tied = self.config.tied_embedding
-        return (self.embedding if tied else self.unembedding).embedding[...]
+        return jnp.asarray((self.embedding if tied else self.unembedding).embedding[...])
 
     def logits(
         self, hidden: Float[Array, "batch length embed"]
