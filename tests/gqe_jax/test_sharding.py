@@ -60,6 +60,7 @@ def test_what_does_not_divide_is_named(mesh, changes, message):
         check_divides(config, dict(make_mesh(MeshConfig(**mesh)).shape))
 
 
+@pytest.mark.wrong_types
 def test_any_axis_may_cross_the_hosts_of_gpus(monkeypatch):
     """JAX numbers the hosts of GPUs as slices, and there is no faster network inside them only."""
     devices = [SimpleNamespace(platform="gpu", slice_index=i // 4, id=i) for i in range(8)]
@@ -82,6 +83,7 @@ def test_a_batch_is_fed_by_rows():
     assert batch.addressable_shards[0].data.shape == (4, 2)
 
 
+@pytest.mark.wrong_types
 def test_a_host_of_a_pod_feeds_rows_that_are_not_consecutive():
     """On a 4 x 4 network whose hosts have 2 x 2 chips each."""
     devices = [SimpleNamespace(host=2 * (i // 8) + i % 4 // 2) for i in range(16)]
