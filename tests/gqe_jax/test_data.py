@@ -284,7 +284,7 @@ class TestInterruptedPreparation:
     def source(self, tmp_path):
         for number in range(4):
             (tmp_path / f"part-{number}.jsonl").write_bytes(ROWS)
-        (tmp_path / "part-4.jsonl").write_bytes(ROWS * 1000)
+        (tmp_path / "part-4.jsonl").write_bytes(ROWS * 150)
         (tmp_path / "slow.py").write_text(SLOW)
         return tmp_path
 
@@ -331,6 +331,17 @@ class TestInterruptedPreparation:
         assert status == 128 + number
         assert shown == f"{number.name}: stopping\n"
         assert {path.name for path in source.iterdir()} == before
+
+    def test_a_killed_worker_is_named(self, source):
+        process = self.start(source)
+        while len(self.finished(source)) < 4 and process.poll() is None:
+            time.sleep(0.02)
+        for worker in self.children(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        _, shown = process.communicate()
+        assert process.returncode == 1
+        assert "error: processes is 2; a worker was killed" in shown
+        assert "Traceback" not in shown
 
     def test_it_goes_on_after_a_kill(self, source):
         self.interrupt(source, signal.SIGKILL)

@@ -90,6 +90,28 @@ def test_a_failed_preparation_leaves_nothing_in_the_store(bucket):
     assert len(find(f"{bucket}/raw/*")) == 2
 
 
+def test_a_preparation_in_the_store_goes_on_from_its_finished_parts(bucket):
+    texts = [f"text {i}" for i in range(50)]
+    write_parquet(f"{bucket}/raw/0.parquet", texts)
+    write_parquet(f"{bucket}/raw/1.parquet", [*texts, None])
+    config = PrepareConfig((f"{bucket}/raw/*",), f"{bucket}/corpus", processes=1)
+    config = dataclasses.replace(config, validation_fraction=0.2)
+    with pytest.raises(DataError, match=r"1\.parquet, row 51.*finished is kept"):
+        prepare(config, progress=False, task_bytes=1)
+    (part,) = find(f"{bucket}/corpus/parts/*.json")
+    begun = {path.name: path.stat().st_mtime for path in find(f"{bucket}/corpus/*-00000-*")}
+    assert (part.name, len(begun)) == ("00000.json", 2)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        Corpus.open(f"{bucket}/corpus")
+    skip = dataclasses.replace(config, on_error="skip")
+    manifest = prepare(skip, progress=False, task_bytes=1)
+    assert sum(split.num_documents for split in manifest.splits.values()) == 100
+    made = {path.name: path.stat().st_mtime for path in find(f"{bucket}/corpus/**")}
+    assert begun.items() <= made.items()
+    assert len(made) == 5
+    assert len(Corpus.open(f"{bucket}/corpus").train) > 100
+
+
 def test_a_shard_cut_short_in_the_store_is_named(bucket):
     write_parquet(f"{bucket}/raw.parquet", [f"text {i}" for i in range(50)])
     config = PrepareConfig((f"{bucket}/raw.parquet",), f"{bucket}/corpus", validation_fraction=0.2)
