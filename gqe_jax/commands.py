@@ -54,7 +54,9 @@ def _expand_home(value: Any) -> Any:
         old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         new = {name: _expand_home(each) for name, each in old.items()}
         return value if new == old else dataclasses.replace(value, **new)
-    return type(value)(map(_expand_home, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, tuple):
+        return tuple(map(_expand_home, value))
+    return list(map(_expand_home, value)) if isinstance(value, list) else value
 
 
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:

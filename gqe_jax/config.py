@@ -331,7 +331,7 @@ class RunConfig:
     """Sequences per step, over all devices."""
     sequence_length: int = 2048
     """Predicted tokens per sequence."""
-    attention_kernel: str | None = None
+    attention_kernel: ImplementationName | None = None
     """The implementation of `gqe_kernels.routed_attention` for training; None: the best that is
     known to work on the platform. `pallas_gpu`, for Hopper, must be named."""
     accumulation_steps: int = 1

@@ -19,7 +19,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type, values: dict[str, Any], path: str = "") -> Any:
+def from_dict(kind: type, values: Any, path: str = "") -> Any:
     """Builds the dataclass `kind` from the nested dictionaries of `to_dict`; executes no code.
 
     Raises:
@@ -54,6 +54,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _typed(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     allowed = arguments if origin in (types.UnionType, typing.Union) else (origin or hint,)
+    allowed = tuple(str if typing.get_origin(kind) is Literal else kind for kind in allowed)
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:

@@ -136,7 +136,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         *,
         max_tokens: int,
         sampling: Sampling = Sampling(),
@@ -170,7 +170,7 @@ class Generator:
         number = np.arange(batch) if rows is None else np.pad(rows, (0, batch - len(prompts)))
         key = jax.random.key(seed)
         logits, cache = self._start(prompts, batch, max_tokens)
-        token = self._sample(logits, sampling, key, number, 0)
+        following = token = self._sample(logits, sampling, key, number, 0)
         active = np.arange(batch) < len(prompts)
         for step in range(1, max_tokens + 1):
             if step < max_tokens:  # dispatched before the host waits for the current token
@@ -284,7 +284,7 @@ class TextStream:
 def stream_text(
     generator: Generator,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int] | np.ndarray],
     *,
     max_tokens: int,
     sampling: Sampling = Sampling(),

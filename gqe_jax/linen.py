@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gqe_jax.config import AttentionConfig
@@ -22,8 +23,8 @@ class _Linen(nn.Module):
     """Wraps the NNX layer of the same name, its parameters directly below this module's."""
 
     config: AttentionConfig
-    dtype: jnp.dtype | None = None
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
     implementation: Implementation | None = None
 
     def setup(self) -> None:
@@ -40,7 +41,7 @@ class _Linen(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], **kwargs
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
-        """As the call of the NNX layer, with the same keyword arguments, results and errors."""
+        """Calls the NNX layer, with the same keyword arguments, results and errors."""
         return self.layer(x, **kwargs)
 
 

@@ -21,8 +21,6 @@ import dataclasses
 import importlib
 import json
 import os
-import pathlib
-import shutil
 
 import jax
 from flax import nnx
@@ -36,10 +34,10 @@ from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokeni
 from gqe_jax.errors import DataError
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import make_mesh
-from gqe_jax.storage import location, write_whole
+from gqe_jax.storage import Location, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.state import lay_out_params
-from gqe_kernels import Implementation
+from gqe_kernels import ImplementationName
 
 CONFIG_FILE = "config.json"
 SPREAD = MeshConfig(data=1, fsdp=-1)
@@ -47,7 +45,7 @@ SPREAD = MeshConfig(data=1, fsdp=-1)
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 
 
-def write_config(config: RunConfig, directory: pathlib.Path | None = None) -> None:
+def write_config(config: RunConfig, directory: Location | None = None) -> None:
     """Writes `config.json` into `directory`, by default the run's, whole or not at all."""
     path = (directory or location(config.run_dir)) / CONFIG_FILE
     write_whole(path, json.dumps(to_dict(config), indent=1) + "\n")
@@ -133,10 +131,11 @@ class Run:
         return self.config.mesh
 
     @property
-    def attention_kernel(self) -> Implementation | None:
+    def attention_kernel(self) -> ImplementationName | None:
         """The kernel that the run was trained with, or None where this platform lacks it."""
         kernel, platform = self.config.attention_kernel, jax.default_backend()
-        return kernel if _PLATFORMS.get(kernel, platform) == platform else None
+        needed = None if kernel is None else _PLATFORMS.get(kernel)
+        return kernel if needed in (None, platform) else None
 
     def load(self, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
         """Reads the parameters onto a mesh, and returns the model without them, and them.
@@ -152,7 +151,7 @@ class Run:
         """Reads the model onto a mesh; errors as of `load`."""
         return nnx.merge(*self.load(mesh))
 
-    def tokenizer_file(self) -> pathlib.Path | None:
+    def tokenizer_file(self) -> Location | None:
         """The `tokenizer.json` of the run or its corpus; None if tokens are bytes or it is gone."""
         corpus = self.config.data.corpus
         directories = [self.directory] if corpus == STDLIB else [self.directory, corpus]
@@ -228,7 +227,7 @@ def restore_run(
     return RestoredRun(run.config, run.step, run.model(devices), devices, loaded)
 
 
-def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | None) -> None:
+def write_run(config: RunConfig, params: nnx.State, tokenizer: Location | None) -> None:
     """Writes `config.run_dir`, whole or not at all: configuration, weights of step 0, tokenizer.
 
     Raises:
@@ -239,4 +238,4 @@ def write_run(config: RunConfig, params: nnx.State, tokenizer: pathlib.Path | No
             checkpoints.save_weights(params, config)
         write_config(config, partial)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+            write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
@@ -99,12 +98,12 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
 
 
 def partition_spec(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """The spec of an array with these logical axes, by `RULES`; omits mesh axes of size 1."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+        names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
         while names and size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         entries.append(names or None)
@@ -150,7 +149,7 @@ class OnMesh:
     """
 
     mesh: Mesh
-    function: Callable[..., Any]
+    function: jax.stages.Wrapped
     last: tuple[Any, ...] = ()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -175,7 +174,7 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """
     shape = (batch_size, sharding.mesh.size)  # every sharding of the sequence divides mesh.size
     indices = sharding.addressable_devices_indices_map(shape)
-    return np.unique([np.arange(batch_size)[index[0]] for index in indices.values()])
+    return np.unique([np.arange(batch_size)[index[0]] for index in indices.values() if index])
 
 
 def global_batch(sharding: NamedSharding, batch_size: int, batch: Any) -> Any:

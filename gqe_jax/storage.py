@@ -12,14 +12,18 @@ import tempfile
 from collections.abc import Iterator
 
 import fsspec
+from typing_extensions import TypeIs
 from upath import UPath
 
 from gqe_jax.config import ConfigError
 
+Location = pathlib.Path | UPath
+"""A path on a local disk, or in an object store."""
+
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 
 
-def location(name: str | os.PathLike) -> pathlib.Path | UPath:
+def location(name: str | os.PathLike | UPath) -> Location:
     """Parses a path or URL: a `pathlib.Path` for local files and `file://`, else a `UPath`.
 
     A local path that begins with `~` or `~user` begins with that home directory.
@@ -44,12 +48,12 @@ def location(name: str | os.PathLike) -> pathlib.Path | UPath:
     return UPath(text)
 
 
-def is_remote(path: pathlib.Path | UPath) -> bool:
+def is_remote(path: Location) -> TypeIs[UPath]:
     """Whether a path returned by `location` is in an object store."""
     return isinstance(path, UPath)
 
 
-def find(pattern: str) -> list[pathlib.Path | UPath]:
+def find(pattern: str) -> list[Location]:
     """The files that match a glob pattern, sorted by name.
 
     What exists under the very name, a file or the first directories of the pattern, is that file or
@@ -73,7 +77,7 @@ def find(pattern: str) -> list[pathlib.Path | UPath]:
     return [location(system.unstrip_protocol(name)) for name in names]
 
 
-def file_sizes(directory: pathlib.Path | UPath) -> dict[str, int]:
+def file_sizes(directory: Location) -> dict[str, int]:
     """Size in bytes of each file in a directory, by name; one request for an object store."""
     if not is_remote(directory):
         return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
@@ -81,7 +85,7 @@ def file_sizes(directory: pathlib.Path | UPath) -> dict[str, int]:
     return {info["name"].rpartition("/")[2]: info["size"] for info in found}
 
 
-def write_whole(path: pathlib.Path | UPath, content: str | bytes) -> None:
+def write_whole(path: Location, content: str | bytes) -> None:
     """Writes a file atomically, and creates its directory: no reader sees a part of it."""
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
@@ -96,7 +100,7 @@ def write_whole(path: pathlib.Path | UPath, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def copy_tree(source: pathlib.Path, target: pathlib.Path | UPath) -> None:
+def copy_tree(source: pathlib.Path, target: Location) -> None:
     """Copies all files in a local directory tree to `target`."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
@@ -104,7 +108,7 @@ def copy_tree(source: pathlib.Path, target: pathlib.Path | UPath) -> None:
 
 
 @contextlib.contextmanager
-def local_scratch(path: pathlib.Path | UPath) -> Iterator[pathlib.Path]:
+def local_scratch(path: Location) -> Iterator[pathlib.Path]:
     """Yields a local directory: `path` itself, or for an object store a temporary one."""
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="gqe-jax-") as scratch:

@@ -27,11 +27,19 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
+import jaxtyping
 import pytest
+
+import tests.typed  # noqa: F401  # for the hook, which has its name
+
+# Each call of a function of the packages is checked against its annotations, shapes included.
+jaxtyping.install_import_hook(["gqe_jax", "gqe_kernels"], "tests.typed.checked")
 
 
 def pytest_runtest_setup(item):
-    """Skips what this machine cannot run, before the fixtures of the test are made."""
+    """Before the fixtures of a test are made: skips what cannot run here, and sets type checks."""
+    is_wrong = item.get_closest_marker("wrong_types") is not None
+    jaxtyping.config.update("jaxtyping_disable", is_wrong)
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU, and this machine has none that JAX can use")
     if item.get_closest_marker("libtpu") and importlib.util.find_spec("libtpu") is None:

@@ -96,7 +96,7 @@ def _collective(x, scatters, group, mesh_shape, times) -> Collective:
 
 def _between_slices(x, num_slices, times, mesh_shape) -> Collective:
     """The collective that a send to libtpu's multi-slice runtime names in its attributes."""
-    name = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)[1]
+    (name,) = re.findall(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)
     kind, n = name.lower().replace("_", "-"), num_slices
     factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1}.get(kind, (n - 1) / n)
     sent = x.arrays[0].bytes * factor
@@ -139,7 +139,7 @@ def replica_groups(attributes: str, num_devices: int) -> list[tuple[int, ...]]:
         return [tuple(row) for row in _iota(*iota.groups()).tolist()]
     mesh = re.match(r"mesh\[([^\]]*)\](?:, ?device_ids=\(?([^)]*\)?)\)?)? \{([^}]*)\}", text)
     if mesh and ":(" not in mesh[3]:
-        return _mesh_groups(*mesh.groups(), num_devices)
+        return _mesh_groups(mesh[1], mesh[2], mesh[3], num_devices)
     raise ValueError(f"replica groups of an unknown form: {text[:120]}")
 
 
@@ -151,11 +151,13 @@ def _iota(groups: str, shape: str, transposed: str | None) -> np.ndarray:
     return devices.reshape([int(n) for n in groups.split(",")])
 
 
-def _mesh_groups(shape, device_ids, grouped, num_devices) -> list[tuple[int, ...]]:
+def _mesh_groups(
+    shape: str, device_ids: str | None, grouped: str, num_devices: int
+) -> list[tuple[int, ...]]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", shape)}
     devices = np.arange(num_devices)
-    if device_ids:
-        iota = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", device_ids)
+    iota = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", device_ids or "")
+    if iota:
         devices = _iota(iota[1], iota[2] or iota[1], iota[3])
     devices = devices.reshape(list(sizes.values()))
     inner = re.findall(r"'([^']+)'", grouped)

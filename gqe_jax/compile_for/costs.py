@@ -58,7 +58,7 @@ def _product_flops(program: Program, table: Mapping[str, Instruction], x: Instru
         return sum(_product_flops(program, inner, each) for each in inner.values())
     if x.opcode == "dot":
         left = table[x.operands[0]].arrays[0].shape
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)[1]
+        (contracted,) = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
         depth = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
         return 2 * math.prod(x.arrays[0].shape) * depth
     if x.opcode == "convolution":
@@ -72,7 +72,7 @@ def _convolution_flops(x: Instruction, image: Array, kernel: Array) -> int:
     On TPU a matrix product is a convolution. An axis that only one operand has is a spatial axis,
     whose window covers padding except at one position.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+    (labels,) = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
     image_axes, kernel_axes, out_axes = labels
     out, flops = x.arrays[0].shape, 2
     for axis in ("b", "f"):

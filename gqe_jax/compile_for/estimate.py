@@ -44,7 +44,7 @@ class Estimate:
     @property
     def bound_by(self) -> str:
         times = {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "DCN": self.dcn}
-        return max(times, key=times.get)
+        return max(times, key=times.__getitem__)
 
 
 def estimate(

@@ -30,7 +30,7 @@ class Array:
     def bytes(self) -> int:
         bits = _BITS.get(self.dtype)
         if bits is None:
-            bits = int(re.search(r"\d+", self.dtype)[0])
+            bits = int("".join(filter(str.isdigit, self.dtype)))
         return math.prod(self.shape) * bits // 8
 
 
@@ -43,10 +43,16 @@ class Instruction:
     attributes: str
     is_root: bool
 
-    def called(self, attribute: str) -> str | None:
-        """The name of the computation in an attribute such as `body`."""
-        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+    def called(self, *attributes: str) -> str:
+        """The name of the computation in the first of these attributes, such as `body`.
+
+        Raises:
+          ValueError: the instruction calls none.
+        """
+        for attribute in attributes:
+            if found := re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes):
+                return found[1]
+        raise ValueError(f"{self.name} has no {' or '.join(attributes)}")
 
     def text(self, attribute: str) -> str | None:
         """The value of an attribute, which has neither spaces nor braces."""
@@ -84,8 +90,7 @@ class Program:
                 trips = self.trip_count(instruction)
                 yield from self._runs(instruction.called("body"), times * trips)
             elif instruction.opcode in ("call", "async-start"):
-                called = instruction.called("to_apply") or instruction.called("calls")
-                yield from self._runs(called, times)
+                yield from self._runs(instruction.called("to_apply", "calls"), times)
             elif instruction.opcode == "conditional":
                 # The branch is unknown: count all of them, an upper bound.
                 for branch in re.findall(r"%([\w.\-]+)", _branches(instruction.attributes)):
@@ -105,7 +110,7 @@ class Program:
         condition = self.computations[loop.called("condition")]
         for instruction in condition.values():
             if instruction.opcode == "constant" and instruction.arrays[0].dtype in ("s32", "u32"):
-                return int(re.match(r"\((\d+)\)", instruction.attributes)[1])
+                return int(instruction.attributes[1:].partition(")")[0])
         raise ValueError(
             f"the loop {loop.name} has no known_trip_count, and its condition has no constant"
         )
@@ -124,7 +129,8 @@ def parse(text: str) -> Program:
     Raises:
       ValueError: the text has no entry computation.
     """
-    computations, entry, current = {}, None, None
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = None, None
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
@@ -143,6 +149,8 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:]
     opcode = _OPCODE.match(rest)
+    if opcode is None:
+        raise ValueError(f"{name} has no opcode: {rest[:80]!r}")
     start = opcode.end() - 1
     end = _closing(rest, start)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[start:end]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gqe_jax.compile_for import hlo
@@ -95,8 +95,10 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         todo = remedies(config, dict(mesh.shape), step)
         raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo)) from error
     seconds = time.perf_counter() - begun
-    program = hlo.parse(compiled.as_text())
-    stats = compiled.memory_analysis()
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None  # the compiler for TPUs gives both
+    assert stats is not None
+    program = hlo.parse(text)
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     if peak > topology.chip.hbm_bytes:  # the compiler accepts programs slightly above the limit
@@ -140,12 +142,12 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
 def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
     """Returns shapes, types and shardings of the step's batch."""
     rows = config.batch_size, config.sequence_length
-    tokens, weights = (
-        jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh))
-        for dtype in (jnp.int32, jnp.float32)
-    )
+    tokens, weights = (np.broadcast_to(dtype(0), rows) for dtype in (np.int32, np.float32))
     segments = tokens if config.data.document_masking else None
-    return Batch(tokens, tokens, weights, segments)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
+        Batch(tokens, tokens, weights, segments),
+    )
 
 
 def _shards(tree: Any) -> list[tuple[str, int]]:

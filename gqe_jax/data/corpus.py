@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.config_json import from_dict
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
-from gqe_jax.storage import file_sizes, is_remote, location, write_whole
+from gqe_jax.storage import Location, file_sizes, is_remote, location, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
@@ -71,18 +72,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def sha256(path: pathlib.Path) -> str:
+def sha256(path: Location) -> str:
     """The SHA-256 of a file's content, as hexadecimal digits."""
+    if is_remote(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def written_whole(
-    directory: pathlib.Path,
+    directory: Location,
     key: str | None = None,
-    keep: Callable[[pathlib.Path], bool] = lambda partial: False,
-) -> Iterator[pathlib.Path]:
+    keep: Callable[[Location], bool] = lambda partial: False,
+) -> Iterator[Location]:
     """Yields a temporary directory that is renamed to `directory` on success, deleted on failure.
 
     Those that killed processes left for the same `directory` are deleted. Object stores cannot
@@ -104,20 +107,20 @@ def written_whole(
         if used and not (key and is_remote(directory) and (directory / PARTS / key).exists()):
             raise DataError(f"output {directory} exists; name a new directory, or delete it")
         if is_remote(directory):
-            partial, lock, remove = directory, None, _remove_remote
+            partial, lock = directory, None
         else:
             _remove_stale(directory, key)
             partial = directory.with_name(_partial_prefix(directory) + (key or uuid.uuid4().hex))
-            lock, remove = _make_locked(partial), _remove_local
+            lock = _make_locked(partial)
     except OSError as error:
         raise DataError(f"output {directory} cannot be made ({error}); name another") from None
     try:
         yield partial
-        if partial is not directory:
+        if not is_remote(partial):
             _rename(partial, directory)
     except BaseException as error:
         if not (isinstance(error, Exception) and keep(partial)):
-            remove(partial)
+            _remove(partial)
         raise
     finally:
         if lock is not None:
@@ -128,20 +131,19 @@ def _partial_prefix(directory: pathlib.Path) -> str:
     return f".{directory.name}.partial-"
 
 
-def _rename(partial: pathlib.Path, directory: pathlib.Path) -> None:
+def _rename(partial: pathlib.Path, directory: Location) -> None:
     try:
-        partial.rename(directory)
+        partial.rename(str(directory))
     except OSError as error:
         raise DataError(
             f"output {directory} cannot be made ({error}); name a new directory, or delete it"
         ) from None
 
 
-def _remove_local(directory: pathlib.Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _remove_remote(directory: pathlib.Path) -> None:
+def _remove(directory: Location) -> None:
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
     with contextlib.suppress(FileNotFoundError):
         directory.fs.rm(directory.path, recursive=True)
 
@@ -158,7 +160,7 @@ def _remove_stale(directory: pathlib.Path, key: str | None) -> None:
                 continue
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_local(path)
+                _remove(path)
             os.close(lock)
 
 
@@ -191,13 +193,13 @@ def _make_locked(partial: pathlib.Path) -> int:
         os.close(lock)  # another process deleted it as stale in between
 
 
-def write_manifest(directory: pathlib.Path, manifest: Manifest) -> None:
+def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(directory: pathlib.Path) -> Manifest:
+def read_manifest(directory: Location) -> Manifest:
     """Reads and checks `manifest.json`.
 
     Raises:
@@ -259,7 +261,7 @@ class Split:
       DataError: the split is empty, or a shard is missing, truncated or altered.
     """
 
-    def __init__(self, directory: pathlib.Path, name: str, manifest: Manifest, *, verify: bool):
+    def __init__(self, directory: Location, name: str, manifest: Manifest, *, verify: bool):
         info = manifest.splits.get(name)
         if info is None or info.num_tokens == 0:
             raise DataError(f"corpus {directory} has no {name} split; prepare it with more text")
@@ -268,8 +270,8 @@ class Split:
         self.end_of_document = manifest.end_of_document
         self._dtype = dtype = np.dtype(manifest.dtype)
         remote = is_remote(directory)
-        self._store = directory.fs if remote else None
-        self._shards = []
+        self._store: Any = directory.fs if is_remote(directory) else None
+        self._shards: list[Any] = []  # arrays in memory maps, or paths in the object store
         sizes = file_sizes(directory)
         for shard in info.shards:
             path = directory / shard.file
@@ -286,7 +288,7 @@ class Split:
                     f"shard {path} does not match its checksum in the manifest; copy or prepare "
                     "the corpus again"
                 )
-            self._shards.append(path.path if remote else path)
+            self._shards.append(path.path if is_remote(path) else path)
         self._map = functools.lru_cache(_OPEN_SHARDS)(self._open)
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in info.shards)]
 
@@ -297,7 +299,7 @@ class Split:
         """Tokens `start` to `start + length`, int32; fewer at the end of the split."""
         return self.read_many([start], length)[0]
 
-    def read_many(self, starts: Sequence[int], length: int) -> list[np.ndarray]:
+    def read_many(self, starts: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
         """Reads `length` tokens from each start; from an object store concurrently."""
         pieces = [self._pieces(int(start), length) for start in starts]
         read = iter(self._read_pieces(list(itertools.chain(*pieces))))
@@ -330,7 +332,7 @@ class Split:
         return [np.frombuffer(data, self._dtype) for data in found]
 
 
-def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
+def corpus_tokenizer(directory: Location, manifest: Manifest) -> Tokenizer:
     """Loads the tokenizer that a corpus was made with, with the token that ends its documents."""
     is_byte = manifest.tokenizer == BYTE
     tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE)
@@ -342,7 +344,7 @@ def corpus_tokenizer(directory: pathlib.Path, manifest: Manifest) -> Tokenizer:
 class Corpus:
     """An open corpus."""
 
-    directory: pathlib.Path
+    directory: Location
     manifest: Manifest
     fingerprint: str
     """Hash of the manifest; it covers every token, since the manifest holds the checksums."""
@@ -356,11 +358,10 @@ class Corpus:
         Raises:
           DataError: the manifest or a shard is missing, truncated or altered.
         """
-        directory = location(directory)
-        manifest = read_manifest(directory)
-        splits = (Split(directory, name, manifest, verify=verify) for name in SPLITS)
-        fingerprint = sha256(directory / MANIFEST)[:16]
-        return cls(directory, manifest, fingerprint, *splits)
+        found = location(directory)
+        manifest = read_manifest(found)
+        train, validation = (Split(found, name, manifest, verify=verify) for name in SPLITS)
+        return cls(found, manifest, sha256(found / MANIFEST)[:16], train, validation)
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that the corpus was made with."""

@@ -4,7 +4,6 @@ import bz2
 import io
 import json
 import lzma
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gqe_jax.errors import DataError
-from gqe_jax.storage import is_remote
+from gqe_jax.storage import Location, is_remote
 
 _ARROW_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSION = {".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
@@ -32,7 +31,7 @@ Skip = Callable[[DataError], None]
 
 
 def read_documents(
-    path: pathlib.Path, text_field: str, skip: Skip | None = None
+    path: Location, text_field: str, skip: Skip | None = None
 ) -> Iterator[tuple[str, float]]:
     """Yields each document of a file with the fraction of the file read so far.
 
@@ -84,7 +83,7 @@ class _BadRecord(Exception):
 _Record = tuple[str, Callable[[], str], float]
 
 
-def _open(path: pathlib.Path, packed: str) -> tuple[io.BufferedReader, Any]:
+def _open(path: Location, packed: str) -> tuple[io.BufferedReader, Any]:
     """The decompressed stream, and the underlying file, whose position measures progress."""
     if packed in _COMPRESSION:
         raw = path.open("rb")
@@ -96,12 +95,12 @@ def _open(path: pathlib.Path, packed: str) -> tuple[io.BufferedReader, Any]:
     return io.BufferedReader(stream, buffer_size=1 << 20), raw
 
 
-def _whole(path: pathlib.Path, packed: str) -> Iterator[_Record]:
+def _whole(path: Location, packed: str) -> Iterator[_Record]:
     data = _open(path, packed)[0].read()
     yield f"{path}", lambda: _decode(data, lines=True), 1.0
 
 
-def _lines(path: pathlib.Path, packed: str, text_field: str) -> Iterator[_Record]:
+def _lines(path: Location, packed: str, text_field: str) -> Iterator[_Record]:
     stream, raw = _open(path, packed)
     size = max(path.stat().st_size, 1)
     for number, line in enumerate(stream, 1):
@@ -111,7 +110,7 @@ def _lines(path: pathlib.Path, packed: str, text_field: str) -> Iterator[_Record
             yield f"{path}, line {number}", read, min(raw.tell() / size, 1.0)
 
 
-def _parquet_rows(path: pathlib.Path, text_field: str) -> Iterator[_Record]:
+def _parquet_rows(path: Location, text_field: str) -> Iterator[_Record]:
     file = pyarrow.parquet.ParquetFile(path.open("rb") if is_remote(path) else path)
     names = file.schema_arrow.names
     if text_field not in names:

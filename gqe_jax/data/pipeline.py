@@ -22,7 +22,7 @@ def num_windows(split: Split, sequence_length: int) -> int:
 
 
 def window_indices(
-    step: int, rows: slice | Sequence[int], *, batch_size: int, windows: int, seed: int
+    step: int, rows: slice | Sequence[int] | np.ndarray, *, batch_size: int, windows: int, seed: int
 ) -> np.ndarray:
     """Indices of the windows in rows `rows` of step `step`, int64.
 
@@ -71,7 +71,7 @@ def training_batches(
     *,
     start: int,
     stop: int,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     batch_size: int,
     sequence_length: int,
     seed: int,
@@ -90,7 +90,7 @@ def evaluation_batches(
     split: Split,
     config: DataConfig,
     *,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     batch_size: int,
     sequence_length: int,
     limit: int | None = None,

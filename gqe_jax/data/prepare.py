@@ -15,7 +15,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -41,7 +40,7 @@ from gqe_jax.data.documents import read_documents
 from gqe_jax.data.shards import Document, make_manifest, merge_splits, write_documents
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
-from gqe_jax.storage import file_sizes, find, is_remote, location, write_whole
+from gqe_jax.storage import Location, file_sizes, find, is_remote, location, write_whole
 
 OnError = Literal["stop", "skip"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -92,7 +91,7 @@ def choose_split(text: str, validation_fraction: float) -> str:
     return "validation" if int.from_bytes(digest) < validation_fraction * 2.0**64 else "train"
 
 
-def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
+def _find_inputs(patterns: Iterable[str]) -> list[Location]:
     paths = []
     for pattern in patterns:
         files = find(pattern)
@@ -104,7 +103,7 @@ def _find_inputs(patterns: Iterable[str]) -> list[pathlib.Path]:
     return list(dict.fromkeys(paths))
 
 
-def _group(paths: list[pathlib.Path], task_bytes: int) -> list[list[pathlib.Path]]:
+def _group(paths: list[Location], task_bytes: int) -> list[list[Location]]:
     """Consecutive files, grouped into tasks of at least `task_bytes`."""
     tasks, size = [[]], 0
     for path in paths:
@@ -133,7 +132,7 @@ class Part:
 class _Parts:
     """The records of finished tasks, from which a preparation goes on that was killed."""
 
-    directory: pathlib.Path
+    directory: Location
     key: str
     itemsize: int
 
@@ -161,16 +160,16 @@ class _Parts:
         if not is_remote(self.directory):
             (self.directory / PARTS).rmdir()
 
-    def _path(self, number: int) -> pathlib.Path:
+    def _path(self, number: int) -> Location:
         return self.directory / PARTS / f"{number:05d}.json"
 
 
-def _has_parts(directory: pathlib.Path) -> bool:
+def _has_parts(directory: Location) -> bool:
     parts = directory / PARTS
     return parts.is_dir() and any(path.suffix == ".json" for path in parts.iterdir())
 
 
-def _key(config: PrepareConfig, tasks: list[list[pathlib.Path]], tokenizer: Tokenizer) -> str:
+def _key(config: PrepareConfig, tasks: list[list[Location]], tokenizer: Tokenizer) -> str:
     """A hash of all that decides the content of the parts."""
     content: list[Any] = [FORMAT, config.text_field, config.validation_fraction]
     content += [config.shard_tokens, tokenizer.end_of_document]
@@ -213,7 +212,7 @@ def _run_task(
     config: PrepareConfig,
     parts: _Parts,
     number: int,
-    paths: list[pathlib.Path],
+    paths: list[Location],
     count: Callable[[int], Any] = _count,
 ) -> Part:
     part = Part({})
@@ -333,26 +332,27 @@ def _tell(parts: list[Part], documents: int) -> None:
 
 
 def _run_tasks(
-    config: PrepareConfig, parts: _Parts, tasks: list[list[pathlib.Path]], bar: tqdm.tqdm
+    config: PrepareConfig, parts: _Parts, tasks: list[list[Location]], bar: tqdm.tqdm
 ) -> list[Part]:
     """What each task has written; those of an earlier call are not run again."""
     sizes = file_sizes(parts.directory)
-    done = {number: parts.read(number, config, sizes) for number in range(len(tasks))}
-    for number, part in done.items():
-        if part is not None:
-            bar.update(sum(path.stat().st_size for path in tasks[number]))
+    made: dict[int, Part] = {}
+    for number, task in enumerate(tasks):
+        if (part := parts.read(number, config, sizes)) is not None:
+            made[number] = part
+            bar.update(sum(path.stat().st_size for path in task))
     run = functools.partial(_run_task, config, parts)
-    due = {number: tasks[number] for number, part in done.items() if part is None}
+    due = {number: task for number, task in enumerate(tasks) if number not in made}
     if config.processes == 1 or len(due) <= 1:
-        made = {number: run(number, task, count=bar.update) for number, task in due.items()}
+        made |= {number: run(number, task, count=bar.update) for number, task in due.items()}
     else:
-        made = _run_in_processes(run, due, config.processes, bar)
-    return [made.get(number, part) for number, part in done.items()]
+        made |= _run_in_processes(run, due, config.processes, bar)
+    return [made[number] for number in range(len(tasks))]
 
 
 def _run_in_processes(
-    run: Callable[[int, list[pathlib.Path]], Part],
-    tasks: dict[int, list[pathlib.Path]],
+    run: Callable[[int, list[Location]], Part],
+    tasks: dict[int, list[Location]],
     processes: int,
     bar: tqdm.tqdm,
 ) -> dict[int, Part]:

@@ -3,16 +3,15 @@
 import hashlib
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from gqe_jax.data.corpus import SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer
 from gqe_jax.errors import DataError
-from gqe_jax.storage import is_remote
+from gqe_jax.storage import Location, is_remote
 
 _ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
 
@@ -29,10 +28,11 @@ class Document(NamedTuple):
 class ShardWriter:
     """Writes one split's tokens to files of at most `shard_tokens` tokens."""
 
-    def __init__(self, directory: pathlib.Path, prefix: str, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, directory: Location, prefix: str, dtype: np.dtype, shard_tokens: int):
         self._directory, self._prefix = directory, prefix
         self._dtype, self._shard_tokens = dtype, shard_tokens
-        self._file, self._hash, self._room = None, None, 0
+        self._file: BinaryIO | None = None
+        self._hash, self._room = hashlib.sha256(), 0
         self._shards: list[ShardInfo] = []
         self._documents = self._bytes = 0
         self._max_token = 0
@@ -51,11 +51,11 @@ class ShardWriter:
         self._max_token = max(self._max_token, largest)
         tokens = tokens.astype(self._dtype)
         while len(tokens):
-            if self._room == 0:
+            if self._file is None or self._room == 0:
                 self._finish_shard()
                 self._name = f"{self._prefix}-{len(self._shards):03d}.bin"
-                self._file, self._hash = (self._directory / self._name).open("wb"), hashlib.sha256()
-                self._room = self._shard_tokens
+                self._hash, self._room = hashlib.sha256(), self._shard_tokens
+                self._file = (self._directory / self._name).open("wb")
             piece, tokens = tokens[: self._room], tokens[self._room :]
             self._file.write(piece.tobytes())
             self._hash.update(piece.tobytes())
@@ -80,7 +80,7 @@ class ShardWriter:
 
 
 def write_documents(
-    directory: pathlib.Path,
+    directory: Location,
     name: str,
     documents: Iterable[Document],
     tokenizer: Tokenizer,

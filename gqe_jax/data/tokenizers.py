@@ -1,13 +1,12 @@
 """Tokenizers: UTF-8 bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
-import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gqe_jax.errors import DataError
-from gqe_jax.storage import location
+from gqe_jax.storage import Location, location
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
@@ -15,6 +14,7 @@ MAX_VOCAB_SIZE = 1 << 31  # batches hold int32 tokens
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Maps text to token ids and back."""
 
@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]: ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str: ...
 
 
 class ByteTokenizer:
@@ -46,7 +46,7 @@ class ByteTokenizer:
         """The text of each result of `encode_documents`."""
         return [tokens.tobytes().decode() for tokens in documents]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text; incomplete characters become U+FFFD, end-of-document tokens are dropped."""
         return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
 
@@ -62,7 +62,7 @@ class FileTokenizer:
       DataError: the file is no tokenizer, or has no such token.
     """
 
-    def __init__(self, path: pathlib.Path, end_of_document: str | None = None):
+    def __init__(self, path: Location, end_of_document: str | None = None):
         import tokenizers  # not needed for bytes
 
         try:
@@ -117,12 +117,12 @@ class FileTokenizer:
         ids = [tokens.tolist() for tokens in documents]
         return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text, without special tokens."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
 
-def load_tokenizer(name: str | pathlib.Path, end_of_document: str | None = None) -> Tokenizer:
+def load_tokenizer(name: str | Location, end_of_document: str | None = None) -> Tokenizer:
     """Loads `byte` or a tokenizer.json.
 
     Raises:

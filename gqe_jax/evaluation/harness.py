@@ -9,6 +9,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,6 +87,7 @@ class HarnessModel(TemplateLM):
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         sequences = []
         for _, context, continuation in requests:
@@ -109,7 +111,8 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts; windows of `max_length` predict each token once."""
-        windows, owners = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners = []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(
@@ -128,7 +131,8 @@ class HarnessModel(TemplateLM):
             (self.tok_encode(request.args[0]) or [self.eot_token_id])[-self.max_length :]
             for request in requests
         ]
-        options = [normalize_gen_kwargs(request.args[1]) for request in requests]
+        arguments: list[Any] = [request.args for request in requests]  # (context, options)
+        options = [normalize_gen_kwargs(gen_kwargs) for _, gen_kwargs in arguments]
         texts = [""] * len(requests)
         by_options = sorted(range(len(requests)), key=lambda i: repr(options[i]))
         with _progress(len(requests), "generate_until") as bar:

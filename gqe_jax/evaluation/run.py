@@ -13,6 +13,7 @@ from gqe_jax.evaluation.perplexity import HeldOut, evaluate
 from gqe_jax.runs import Run
 from gqe_jax.sharding import check_divides, make_mesh
 from gqe_jax.training.steps import make_steps
+from gqe_kernels import ImplementationName
 
 _OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length", "tokenizer")
 
@@ -33,7 +34,7 @@ class EvalConfig:
     """Held-out text: maximum number of batches; None: the whole split."""
     sequence_length: int | None = None
     """Held-out text: tokens per window; None: the run's."""
-    attention_kernel: str | None = None
+    attention_kernel: ImplementationName | None = None
     """Held-out text: the attention kernel; None: the best for the platform."""
     tasks: str | None = None
     """Names of tasks, groups or tags of the lm-evaluation-harness, separated by commas."""
@@ -141,4 +142,5 @@ def evaluate_run(config: EvalConfig) -> RunEvaluation:
         limit=config.batches,
         progress=True,
     )
+    assert result is not None, "nothing stops it"
     return RunEvaluation(run_dir, found.step, config.split, result)

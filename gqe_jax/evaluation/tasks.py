@@ -49,10 +49,10 @@ def evaluate_tasks(config: EvalConfig) -> str:
         raise ConfigError(
             "tasks: the lm-evaluation-harness is not installed; pip install -e '.[eval]'"
         )
-    manager, tasks = load_tasks(config.tasks.split(","), config.include_path)
+    manager, tasks = load_tasks((config.tasks or "").split(","), config.include_path)
     results = [_evaluate_run(config, run_dir, manager, tasks) for run_dir in config.run_dirs]
-    if len(results) == 2:
-        differences = compare(*results)
+    differences = compare(*results) if len(results) == 2 else None
+    if differences is not None:
         report = {
             "runs": dict(zip(config.run_dirs, map(_without_samples, results), strict=True)),
             "differences": [dataclasses.asdict(difference) for difference in differences],
@@ -66,8 +66,9 @@ def evaluate_tasks(config: EvalConfig) -> str:
         f"{run_dir}\n{_table(result)}"
         for run_dir, result in zip(config.run_dirs, results, strict=True)
     ]
-    if len(results) == 2:
-        pages.append(_table_of_differences(*config.run_dirs, differences))
+    if differences is not None:
+        first, second = config.run_dirs
+        pages.append(_table_of_differences(first, second, differences))
     return "\n".join([*pages, f"written to {output}"])
 
 

@@ -10,9 +10,8 @@ has the authors' tensor names and the rest Llama's; config.json holds our ModelC
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +28,7 @@ from gqe_jax.interop.layout import torch_reader, torch_shapes
 from gqe_jax.interop.tensors import write_tensors
 from gqe_jax.runs import SPREAD, Run
 from gqe_jax.sharding import make_mesh
+from gqe_jax.storage import Location, write_whole
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -75,7 +75,7 @@ def export_weights(config: ExportConfig) -> None:
             end_of_document=_end_of_document(tokenizer),
         )
     else:
-        values = {"model_type": GQE, "model": to_dict(run.model)}
+        values: dict[str, Any] = {"model_type": GQE, "model": to_dict(run.model)}
     with written_whole(config.output) as partial:
         (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
         write_tensors(
@@ -86,12 +86,12 @@ def export_weights(config: ExportConfig) -> None:
             max_shard_bytes=config.max_shard_bytes,
         )
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+            write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
     layout = values.get("architectures", ["the authors' layout"])[0]
     print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
-def _end_of_document(tokenizer: pathlib.Path | None) -> int | None:
+def _end_of_document(tokenizer: Location | None) -> int | None:
     """The end-of-document token; None if the tokenizer has none of the common ones."""
     try:
         return None if tokenizer is None else load_tokenizer(tokenizer).end_of_document

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gqe_jax.errors import UserError
+from gqe_jax.storage import Location
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -151,7 +152,7 @@ def _damage(file: pathlib.Path) -> str | None:
 
 
 def write_tensors(
-    directory: pathlib.Path,
+    directory: Location,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     dtype: np.dtype,
@@ -181,7 +182,7 @@ def write_tensors(
     files = files if len(shards) > 1 else [WEIGHTS_FILE]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: np.ascontiguousarray(read(name), dtype) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_file(tensors, str(directory / file), metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {
             name: file for file, names in zip(files, shards, strict=True) for name in names

@@ -14,7 +14,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
-from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.runs import SPREAD, Run, write_run
 from gqe_jax.sharding import make_mesh
@@ -66,7 +65,7 @@ class UpcycleConfig:
     """The training that follows also learns the dense run's predictions, with
     `optimizer.distillation_weight`."""
     seed: int = 0
-    """Of the router's weights and of the order of the text."""
+    """Seed of the router's weights and of the order of the text."""
 
     def __post_init__(self) -> None:
         for field in ("calibration_batches", "steps"):
@@ -120,7 +119,9 @@ def _read_dense(config: UpcycleConfig) -> tuple[Run, nnx.State]:
     return Run(config.dense, 0, RunConfig(model, DataConfig(config.corpus))), params
 
 
-def _calibration_text(run: RunConfig, count: int) -> Iterable[Int[np.ndarray, "batch length"]]:
+def _calibration_text(
+    run: RunConfig, count: int
+) -> Iterable[Int[Array | np.ndarray, "batch length"]]:
     corpus = open_corpus(run.data.corpus, verify=run.data.verify_checksums)
     corpus.check(vocab_size=run.model.vocab_size, sequence_length=run.sequence_length)
     batches = training_batches(
@@ -174,7 +175,7 @@ def fit_out(
     dense: nnx.State,
     config: ModelConfig,
     params: nnx.State,
-    text: Iterable[Int[np.ndarray, "batch length"]],
+    text: Iterable[Int[Array | np.ndarray, "batch length"]],
     *,
     ridge: float,
 ) -> nnx.State:
@@ -203,8 +204,8 @@ def fit_out(
             _moments(of_text, attended - x)
             for of_text, (attended, _), x in zip(slots, steps, streams, strict=True)
         ]
-        gram, cross = (sum(parts) for parts in zip(*moments, strict=True))
-        out = block["attention"]["out"]["kernel"]
+        gram, cross = jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *moments)
+        out: Any = block["attention"]["out"]["kernel"]
         out[...] = jnp.asarray(_solve(gram, cross, out[...], ridge), out.dtype)
         fitted.append(out[...])
         wanted = [behind for _, behind in steps]
@@ -251,8 +252,7 @@ def _slots(
 ) -> Float[Array, "batch length slot head_dim"]:
     """What enters W_O."""
     block = nnx.merge(graphdef, params)
-    attention = sharded(block.attention.implementation)
-    return block.attention.slots(block.attention_norm(x), attention=attention)[0]
+    return block.attention.slots(block.attention_norm(x))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -281,11 +281,9 @@ def _moments(
 
 def _solve(gram: Array, cross: Array, start: Array, ridge: float) -> np.ndarray:
     """argmin over W of |features W - target|² + pull |W - start|², in float64."""
-    gram, cross, flat = (
-        np.asarray(x, np.float64) for x in (gram, cross, start.reshape(len(gram), -1))
-    )
-    pull = ridge * np.trace(gram) / len(gram)
-    fitted = np.linalg.solve(gram + pull * np.eye(len(gram)), cross + pull * flat)
+    a, b, flat = (np.asarray(x, np.float64) for x in (gram, cross, start.reshape(len(gram), -1)))
+    pull = ridge * np.trace(a) / len(a)
+    fitted = np.linalg.solve(a + pull * np.eye(len(a)), b + pull * flat)
     return fitted.reshape(start.shape)
 
 

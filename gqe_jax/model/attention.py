@@ -1,7 +1,10 @@
 """Grouped Query Experts and its dense baseline, grouped-query attention, as `nnx.Module`s.
 
-Source: Grouped Query Experts, arXiv 2606.20945. For one token x [embed_dim]; g counts the groups, m
-the experts of a group, j = 1..k the ranks of those that the token selects; @ contracts embed_dim:
+Source: Grouped Query Experts, arXiv 2606.20945; the numbers of the equations are ours. An expert is
+a query head. For one token x [embed_dim]; g counts the num_kv_heads groups, m the
+num_query_experts / num_kv_heads experts of a group, j = 1..top_k the ranks of those that the token
+selects; @ contracts embed_dim; a head has head_dim features, by default embed_dim /
+num_query_experts:
 
 (1) key[g] = rope(x @ W_key[g]),  value[g] = x @ W_value[g]
 (2) query[g, m] = rope(x @ W_query[g, m]),  shared_query = rope(x @ W_shared_query)
@@ -13,24 +16,31 @@ the experts of a group, j = 1..k the ranks of those that the token selects; @ co
     weighted = sum over g, j of slot_weight[g, j] * hard[g, j],
     y = concatenate(hard[0, 1..k], hard[1, 1..k], ..., weighted, shared) @ W_out
 
-`attend(q, K, V)` is softmax(q · K / sqrt(head_dim)) V over the tokens up to and including q's, of
-the same segment; padding, segment 0, attends to nothing and has slots of zeros. `rope` rotates
-feature i of a head with feature i + head_dim / 2 by the angle
-position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos + a sin). With
-`qk_norm`, an RMSNorm over head_dim with one scale for all heads comes before it.
+`attend(q, key, value)` is softmax(q . key / sqrt(head_dim)) value, where key and value are those of
+all tokens up to and including q's in its segment; padding, segment 0, attends to nothing and has
+slots of zeros. `rope` rotates feature i of a head with feature i + head_dim / 2 by the angle
+position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos + a sin);
+`rope_scaling` changes these frequencies. With `qk_norm`, queries and keys are normed before `rope`:
+x / sqrt(mean(x ** 2) + qk_norm_epsilon) * scale over head_dim, with one scale [head_dim] for all
+queries, the shared one included, and one for all keys.
 
-The variants: `gqe` has all slots; `hard_concat` the hard ones; `weighted_concat` the hard ones,
-each times its `selected`; `gqa` attends with every query and has no router. With `shared_kv`
-`group_0` the shared head attends to key[0] and value[0]; with `own`, to projections of its own.
+Variants: `gqe` has all slots. `hard_concat` has the hard slots alone, so its router learns from the
+losses in the aux alone. `weighted_concat` has the hard slots, each times selected[g, j]. `gqa` has
+no router; its slots are attend(query[g, m], key[g], value[g]), group-major. The shared head attends
+as in (4) with `shared_kv` `mean`; to key[0] and value[0] with `group_0`; and with `own` to
+rope(x @ W_shared_key) and x @ W_shared_value.
 
 Modules hold parameters and configuration and no other state: a call is a pure function.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig, ConfigError
@@ -39,7 +49,7 @@ from gqe_jax.model.cache import KVCache, with_cache
 from gqe_jax.model.layers import apply_rope, projection, rms_norm
 from gqe_jax.model.sharded_attention import sharded
 from gqe_kernels import Attention, Implementation, Routed, Slots, get_attention
-from gqe_kernels.contract import default_scale
+from gqe_kernels.contract import AnyArray, default_scale
 
 
 @jax.tree_util.register_dataclass
@@ -60,12 +70,14 @@ class AttentionAux:
 class _Attention(nnx.Module):
     """What both layers share: keys, values, W_out, and the call around `slots`."""
 
+    slots: Callable[..., tuple[Slots, AttentionAux, KVCache | None]]
+
     def __init__(
         self,
         config: AttentionConfig,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
@@ -90,22 +102,22 @@ class _Attention(nnx.Module):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[AnyArray, "batch length"] | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """Causal self-attention.
 
         Args:
           x: the tokens.
-          positions: for RoPE; None: 0, 1, ..., or counted on from the cache.
+          positions: for RoPE; None: 0, 1, ... along the row, across segments, or on from the cache.
           segment_ids: tokens attend only within their segment; id 0 is padding, which attends to
             nothing and is left out of the router's statistics. With a cache, padding stands to the
             right and a row is one segment.
           cache: the keys and values so far, to which the tokens attend; the new ones are appended.
-          mask: True for tokens, False for padding: short for segment ids of 1 and 0.
+          mask: True for tokens, False for padding, where it sets the segment id to 0.
           return_routing: return `router_probs` and `expert_index` in the aux; gqa has none.
 
         Returns:
@@ -125,7 +137,6 @@ class _Attention(nnx.Module):
             segment_ids=segment_ids,
             cache=cache,
             return_routing=return_routing,
-            attention=sharded(self.implementation),
         )
         return self.out(slots), aux, cache
 
@@ -185,8 +196,8 @@ class GroupedQueryExperts(_Attention):
         self,
         config: AttentionConfig,
         *,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
@@ -209,32 +220,33 @@ class GroupedQueryExperts(_Attention):
             rngs=rngs,
         )
         if config.variant == "gqe":
-            shared = ["query"] + (["key", "value"] if config.shared_kv == "own" else [])
-            for name in shared:
-                module = projection(
-                    config.embed_dim,
-                    config.resolved_head_dim,
-                    ("embed", None),
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                setattr(self, f"shared_{name}", module)
+            shared = functools.partial(
+                projection,
+                config.embed_dim,
+                config.resolved_head_dim,
+                ("embed", None),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            self.shared_query = shared()
+            if config.shared_kv == "own":
+                self.shared_key, self.shared_value = shared(), shared()
 
     def slots(
         self,
         x: Float[Array, "batch length embed"],
         *,
-        attention: Attention,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        attention: Attention | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Slots, AttentionAux, KVCache | None]:
         """The slots that W_out multiplies, equations (1) to (5) but for the product.
 
         Args:
-          attention: a function of the contract, such as `sharded(layer.implementation)`.
+          attention: a function of the contract; None: `sharded(self.implementation)`.
           x, positions, segment_ids, cache, return_routing: as in a call of the layer.
 
         Returns:
@@ -264,12 +276,13 @@ class GroupedQueryExperts(_Attention):
             routed = dataclasses.replace(
                 routed, shared_key=routed.key[:, :, 0], shared_value=routed.value[:, :, 0]
             )
+        attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(config.resolved_head_dim))  # (4), (5)
         if config.variant == "weighted_concat":
             slots *= selected.reshape(*slots.shape[:3], 1).astype(slots.dtype)
 
-        is_token = jnp.ones(x.shape[:2]) if segment_ids is None else segment_ids != 0
-        is_token = is_token.astype(jnp.float32)
+        is_token = True if segment_ids is None else segment_ids != 0
+        is_token = jnp.broadcast_to(jnp.asarray(is_token, jnp.float32), x.shape[:2])
         load = routing.expert_load(expert_index, config.experts_per_group, is_token)
         aux = AttentionAux(
             load_balancing_loss=routing.load_balancing_loss(probs, load, is_token),
@@ -308,9 +321,9 @@ class GroupedQueryAttention(_Attention):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        attention: Attention,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        attention: Attention | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Slots, AttentionAux, KVCache | None]:
@@ -320,13 +333,11 @@ class GroupedQueryAttention(_Attention):
         query, key = self._rope("query", x, positions), self._rope("key", x, positions)
         routed = Routed(query, key, self.value(x))
         routed, mask, cache = with_cache(routed, segment_ids, cache)
+        attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))
-        zero = jnp.zeros((), jnp.float32)
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         group = self.config.num_kv_heads
-        aux = AttentionAux(
-            zero, zero, jnp.zeros((group, 0), jnp.float32), jnp.zeros(group, jnp.float32)
-        )
-        return slots, aux, cache
+        return slots, AttentionAux(zeros(()), zeros(()), zeros((group, 0)), zeros(group)), cache
 
 
 def make_attention(

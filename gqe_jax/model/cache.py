@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig
 from gqe_kernels import Mask, Routed
+from gqe_kernels.contract import AnyArray
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +31,7 @@ class KVCache:
 
     @classmethod
     def create(
-        cls, config: AttentionConfig, batch: int, capacity: int, dtype: jnp.dtype
+        cls, config: AttentionConfig, batch: int, capacity: int, dtype: DTypeLike
     ) -> "KVCache":
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         heads = (batch, config.num_kv_heads, capacity, config.resolved_head_dim)
@@ -89,7 +91,7 @@ class KVCache:
 
 
 def with_cache(
-    routed: Routed, segment_ids: Int[Array, "batch length"] | None, cache: KVCache | None
+    routed: Routed, segment_ids: Int[AnyArray, "batch length"] | None, cache: KVCache | None
 ) -> tuple[Routed, Mask, KVCache | None]:
     """What the queries attend to: the cache's keys and values, if there is one, and the new ones.
 

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import RopeScaling
@@ -26,9 +27,9 @@ def projection(
     axes: tuple[str | None, ...],
     *,
     kernel_init: nnx.Initializer | None = None,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype = jnp.float32,
-    precision: jax.lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    precision: jax.lax.Precision | None = None,
     rngs: nnx.Rngs,
 ) -> nnx.LinearGeneral:
     """A linear map without bias over the last axes; its weight is `kernel` [*in, *out]."""
@@ -49,7 +50,7 @@ def projection(
 
 
 def rms_norm(
-    features: int, *, epsilon: float, dtype: jnp.dtype | None, rngs: nnx.Rngs
+    features: int, *, epsilon: float, dtype: DTypeLike | None, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
     """RMSNorm with a float32 scale."""
     return nnx.RMSNorm(
@@ -58,7 +59,7 @@ def rms_norm(
 
 
 def embedding(
-    vocab_size: int, features: int, *, std: float, dtype: jnp.dtype | None, rngs: nnx.Rngs
+    vocab_size: int, features: int, *, std: float, dtype: DTypeLike | None, rngs: nnx.Rngs
 ) -> nnx.Embed:
     """A table [vocab, embed]: of token embeddings, or whose transpose gives the logits."""
     return nnx.Embed(
@@ -133,7 +134,7 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) · up(x)): the gated MLP of arXiv 2002.05202."""
 
     def __init__(
-        self, embed_dim: int, mlp_dim: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs
+        self, embed_dim: int, mlp_dim: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ):
         self.gate = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.up = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)

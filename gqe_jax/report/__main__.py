@@ -12,7 +12,7 @@ from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.report import page
 from gqe_jax.report.curves import DIRECTORY, Curves
 from gqe_jax.report.routing import route_text
-from gqe_jax.storage import is_remote, location, write_whole
+from gqe_jax.storage import Location, is_remote, location, write_whole
 from gqe_jax.training.checkpoint import CheckpointError
 
 
@@ -46,7 +46,7 @@ class ReportConfig:
             raise ConfigError(f"max_tokens is {self.max_tokens}; it must be positive")
 
 
-def write_report(config: ReportConfig) -> pathlib.Path:
+def write_report(config: ReportConfig) -> Location:
     """Writes the page and its PNG files, and returns the path of the page.
 
     A run without a checkpoint is shown by its metrics alone.

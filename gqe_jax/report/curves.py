@@ -4,16 +4,16 @@ import dataclasses
 import io
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.rcsetup
 import numpy as np
 from jaxtyping import Float
 
-from gqe_jax.storage import location, write_whole
+from gqe_jax.storage import Location, location, write_whole
 from gqe_jax.training.telemetry import read_metrics
 
 DIRECTORY = "report"
@@ -21,7 +21,7 @@ DIRECTORY = "report"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#f0e442")
 _STYLE = {
     "axes.grid": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": matplotlib.rcsetup.cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
@@ -67,7 +67,7 @@ class Curves:
         return self.training.get("expert_load")
 
 
-def draw(run_dir: str | os.PathLike) -> list[pathlib.Path]:
+def draw(run_dir: str | os.PathLike) -> list[Location]:
     """Plots a run's metrics to PNG files in its `report/`.
 
     Returns:
@@ -146,7 +146,7 @@ def optimizer(run: Curves) -> bytes:
 @styled
 def expert_load(run: Curves) -> bytes:
     """Fraction of tokens routed to each expert over the steps; one panel per layer and group."""
-    steps, load = run.training["step"], run.expert_load
+    steps, load = run.training["step"], run.training["expert_load"]
     _, layers, groups, experts = load.shape
     figure, grid = panels(
         layers, groups, 1.6 * groups + 1, 1.2 * layers + 1, sharex=True, sharey=True
@@ -172,7 +172,7 @@ def router_entropy(run: Curves) -> bytes:
     """Mean router entropy over log M, its maximum; one panel per layer, one line per group."""
     steps, entropy = run.training["step"], run.training["router_entropy"]
     _, layers, groups = entropy.shape
-    uniform = math.log(run.expert_load.shape[-1]) or 1.0  # M = 1: both entropies are 0
+    uniform = math.log(run.training["expert_load"].shape[-1]) or 1.0  # M = 1: both entropies are 0
     columns = min(layers, 4)
     rows = -(-layers // columns)
     figure, grid = panels(rows, columns, 8.5, 1.8 * rows + 0.8, sharex=True, sharey=True)

@@ -27,12 +27,13 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
     figure, grid = panels(rows, columns, width, (width / columns + 0.3) * rows + 0.6)
     names = [f"{n // experts}·{n % experts}" for n in range(count)]
     ticks = np.arange(0, count, 1 if count <= 16 else experts)
-    image = None
+    images = []
     for layer, axes in enumerate(grid.flat):
         axes.set_visible(layer < layers)
         if layer >= layers:
             continue
-        image = axes.imshow(shown[layer], cmap="cividis", vmin=0, vmax=max(shown.max(), 1e-6))
+        scale = {"cmap": "cividis", "vmin": 0, "vmax": max(shown.max(), 1e-6)}
+        images.append(axes.imshow(shown[layer], **scale))
         axes.set_title(f"layer {layer}")
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -42,6 +43,6 @@ def pairs(shares: Float[np.ndarray, "layer n n"], experts: int, same_group_possi
         axes.set_yticks(ticks, [names[n] for n in ticks], fontsize=6 if count > 8 else 7)
         axes.tick_params(length=0)
     label = "fraction of tokens routed to both"
-    bar = figure.colorbar(image, ax=grid, location="top", shrink=0.5, aspect=40, label=label)
+    bar = figure.colorbar(images[-1], ax=grid, location="top", shrink=0.5, aspect=40, label=label)
     bar.outline.set_visible(False)
     return png(figure)

@@ -103,12 +103,13 @@ def _read_tokens(
     opened = None
     if text is None or corpus is not None:
         opened = open_corpus(corpus or run.config.data.corpus, verify=False)
-    tokenizer = run.tokenizer() if corpus is None else opened.tokenizer()
-    if text is None:
-        tokens = opened.validation.read(0, max_tokens)
-    else:
+    tokenizer = run.tokenizer() if opened is None or corpus is None else opened.tokenizer()
+    if text is not None:
         (encoded,) = tokenizer.encode_batch([text])
         tokens = encoded[:max_tokens].astype(np.int32)
+    else:
+        assert opened is not None
+        tokens = opened.validation.read(0, max_tokens)
     if len(tokens) == 0:
         raise DataError("text is empty; give at least one token")
     if tokens.max() >= run.config.model.vocab_size:
@@ -120,7 +121,7 @@ def _read_tokens(
     return tokens, tokenizer
 
 
-def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> list[str]:
     """Returns the characters that each token completes, given the tokens before it.
 
     A character of several tokens belongs to the last of them. An end-of-document token becomes a

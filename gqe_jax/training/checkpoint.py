@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from upath import UPath
 
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
@@ -23,7 +24,7 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read."""
 
 
-def _checkpoint_directory(run_dir: str | os.PathLike) -> epath.Path:
+def _checkpoint_directory(run_dir: str | os.PathLike | UPath) -> epath.Path:
     path = location(run_dir)
     if not is_remote(path):
         return epath.Path(path.absolute()) / DIRECTORY
@@ -46,7 +47,9 @@ class Checkpoints:
       read_only: whether to write and remove nothing.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, *, keep: int = 3, read_only: bool = False):
+    def __init__(
+        self, run_dir: str | os.PathLike | UPath, *, keep: int = 3, read_only: bool = False
+    ):
         self.directory = _checkpoint_directory(run_dir)
         loss_of = lambda metrics: metrics[_METRIC]  # noqa: E731
         best = BestN(
@@ -192,7 +195,8 @@ class Checkpoints:
           CheckpointError: there is no such step; names the saved ones.
         """
         steps = sorted(self._manager.all_steps())
-        found = {"latest": self.latest(), "best": self.best()}.get(step, step)
+        named: dict[int | str, int | None] = {"latest": self.latest(), "best": self.best()}
+        found = named.get(step, step)
         if found not in steps:
             names = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"step is {step}; {self.directory} has {names}")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from gqe_jax.config import OptimizerConfig
 from gqe_jax.model.attention import AttentionAux
@@ -20,8 +21,8 @@ from gqe_jax.sharding import partition_spec
 def chunked_cross_entropy(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
-    targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
+    targets: Int[Array | np.ndarray, "batch length"],
+    weights: Float[Array | np.ndarray, "batch length"],
     *,
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -39,7 +40,8 @@ def chunked_cross_entropy(
       chunk: positions per chunk.
     """
     per_token = targets, weights.astype(jnp.float32)
-    return _sums_over_chunks(_cross_entropy, chunk, table, hidden, per_token, ())
+    nats, squares = _sums_over_chunks(_cross_entropy, chunk, table, hidden, per_token, ())
+    return nats, squares
 
 
 def chunked_divergence(
@@ -47,7 +49,7 @@ def chunked_divergence(
     table: Float[Array, "vocab embed"],
     teacher_hidden: Float[Array, "batch length teacher_embed"],
     teacher_table: Float[Array, "vocab teacher_embed"],
-    weights: Float[Array, "batch length"],
+    weights: Float[Array | np.ndarray, "batch length"],
     *,
     chunk: int = 512,
 ) -> Float[Array, ""]:
@@ -63,8 +65,8 @@ def chunked_divergence(
 def chunked_scores(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
-    targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
+    targets: Int[Array | np.ndarray, "batch length"],
+    weights: Num[Array | np.ndarray, "batch length"] | Bool[Array | np.ndarray, "batch length"],
     *,
     chunk: int = 256,
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
@@ -72,7 +74,9 @@ def chunked_scores(
     probable token. Arguments and memory as in `chunked_cross_entropy`.
     """
     per_token = targets, weights.astype(jnp.float32)
-    return _sums_over_chunks(_scores, chunk, table, hidden, per_token, (), by_row=True)
+    sums = _sums_over_chunks(_scores, chunk, table, hidden, per_token, (), by_row=True)
+    log_likelihood, misses = sums
+    return log_likelihood, misses
 
 
 class _Axes(NamedTuple):
@@ -149,7 +153,7 @@ def _sums_over_chunks(
     chunk: int,
     table: Array,
     hidden: Array,
-    per_token: tuple[Array, ...],
+    per_token: tuple[Array | np.ndarray, ...],
     fixed: tuple[Array, ...],
     *,
     by_row: bool = False,
@@ -241,7 +245,7 @@ def _gathered(table: Array, dtype: Any, axes: _Axes) -> Array:
     return jax.lax.all_gather(table, axes.embed, axis=1, tiled=True) if axes.embed else table
 
 
-def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+def _chunks(arrays: tuple[Array | np.ndarray, ...], chunk: int) -> tuple[Array, ...]:
     """Reshapes [batch, length, ...] to [chunks, batch, chunk, ...], padded with zeros."""
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)

@@ -1,6 +1,6 @@
 """AdamW, warm-up-stable-decay and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def zclip(
             jnp.zeros((), jnp.int32), jnp.zeros(warmup_steps, jnp.float32), zero, zero, zero, zero
         )
 
-    def update(updates, state: ZClipState, params: Any = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
         norm = optax.tree.norm(updates).astype(jnp.float32)
         warming_up = state.count < warmup_steps
@@ -64,7 +64,7 @@ def zclip(
         clipped = jnp.minimum(target, cap)
         factor = jnp.where(norm > clipped, clipped / jnp.maximum(norm, 1e-30), 1.0)
         new = ZClipState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             warmup_norms=warmup_norms,
             mean=jnp.where(warming_up, first_mean, mean),
             variance=jnp.where(warming_up, first_variance, variance),
@@ -116,4 +116,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def gradient_norms(opt_state: optax.OptState) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The last step's global gradient norm, before and after clipping."""
-    return opt_state[0].norm, opt_state[0].clipped_norm
+    clip = cast(tuple[ZClipState, ...], opt_state)[0]
+    return clip.norm, clip.clipped_norm

@@ -147,10 +147,12 @@ def make_steps(
     def train_step(
         state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        guide = teacher and dataclasses.replace(teacher, params=teacher_params)
+        guide = None
+        if teacher is not None and teacher_params is not None:
+            guide = dataclasses.replace(teacher, params=teacher_params)
         grads, cross_entropy, aux = gradients(config, layout.graphdef, state.params, batch, guide)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
         metrics = {
             "loss": cross_entropy,

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -13,14 +14,17 @@ import jax
 import numpy as np
 import tensorboardX
 import tqdm
+from upath import UPath
 
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 from gqe_kernels.chips import peak_flops
 
+Stream = io.TextIOBase | TextIO  # a StringIO is no TextIO
+
 METRICS_FILE = "metrics.jsonl"
 
 
-def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | os.PathLike | UPath) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`, without a last line that a crash truncated."""
     path = location(run_dir) / METRICS_FILE
     if not path.exists():
@@ -63,13 +67,13 @@ class Telemetry:
         steps: int,
         flops_per_token: float,
         devices: list[jax.Device],
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ):
         self._run_dir = location(run_dir)
         self._start, self._steps = start, steps
         self._flops_per_token = flops_per_token
-        peaks = [peak_flops(device) for device in devices]
-        self._peak = None if None in peaks else sum(peaks)
+        peaks = [peak for peak in map(peak_flops, devices) if peak is not None]
+        self._peak = sum(peaks) if len(peaks) == len(devices) else None
         self._stream = sys.stderr if stream is None else stream
         self._digits = len(str(steps))
 

@@ -26,29 +26,25 @@ def attend(
       last_reads_mean: the last head's query is the same in every group, and the mean over groups of
         its outputs is its attention to the mean over groups of key and value.
     """
-    logits = scale * jnp.einsum("btghd,bsgd->bghts", query, key, preferred_element_type=jnp.float32)
+    logits = scale * reference.float32_einsum("btghd,bsgd->bghts", query, key)
     if last_reads_mean:
         own, last = logits[:, :, :-1], logits[:, :, -1:]
         mean = jnp.broadcast_to(jnp.mean(last, axis=1, keepdims=True), last.shape)
         logits = jnp.concatenate([own, mean], axis=2)
     visible = reference.visible(mask, query.shape[1], key.shape[1])
     weights = reference.masked_softmax(logits, visible)
-    return jnp.einsum(
-        "bghts,bsgd->btghd",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
+    return reference.float32_einsum("bghts,bsgd->btghd", weights.astype(value.dtype), value)
 
 
 def attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     """The slots, with whole logits in memory."""
-    if mask.pieces > 1 or not routed.takes_mean:
+    shared_query = routed.shared_query
+    if mask.pieces > 1 or shared_query is None or routed.shared_key is not None:
         return reference.attention(routed, mask, scale, attend=attend)
     selected = reference.select_experts(routed.query, routed.expert_index)
     shape = (*selected.shape[:3], 1, selected.shape[4])
-    shared_query = jnp.broadcast_to(routed.shared_query[:, :, None, None], shape)
-    heads = jnp.concatenate([selected, shared_query], axis=3)
+    every_group = jnp.broadcast_to(shared_query[:, :, None, None], shape)
+    heads = jnp.concatenate([selected, every_group], axis=3)
     out = attend(heads, routed.key, routed.value, mask, scale, last_reads_mean=True)
     hard, shared = out[:, :, :, :-1], jnp.mean(out[:, :, :, -1], axis=2)
     return reference.concatenate_slots(hard, routed.slot_weight, shared, routed.query.dtype)

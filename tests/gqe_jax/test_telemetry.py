@@ -55,6 +55,7 @@ def test_going_on_drops_the_lines_that_will_come_again(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.wrong_types
 def test_utilisation_is_flops_over_the_peak(tmp_path):
     devices = [device("TPU v5 lite")] * 2
     with telemetry(tmp_path, devices=devices) as log:
@@ -63,6 +64,7 @@ def test_utilisation_is_flops_over_the_peak(tmp_path):
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e9 / (2 * 197e12))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [

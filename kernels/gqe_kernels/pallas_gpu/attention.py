@@ -7,7 +7,7 @@ weighted slot.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
-from gqe_kernels.reference import mean_over_groups, select_experts
+from gqe_kernels.reference import pad_rows, select_experts, shared_operands
 
 
 class _Static(NamedTuple):
@@ -41,7 +41,9 @@ def unsupported(
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query: dtype {query.dtype}, where bfloat16 or float16 is needed"
     if query.shape[-1] not in DEFAULTS:
-        return f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is"
+        return (
+            f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is needed"
+        )
     if query.size == 0 or routed.key.size == 0:
         return "query, key: an array without entries"
     if not scale > 0:
@@ -72,8 +74,10 @@ def attention(
     (batch, q_len, *_, head_dim), kv_len = routed.query.shape, routed.key.shape[1]
     blocks = blocks or DEFAULTS[head_dim]
     heads, operands = _by_head(routed, blocks)
-    pad_q = functools.partial(_pad, rows=-q_len % max(WARPGROUPS * blocks.q, blocks.backward_q))
-    pad_kv = functools.partial(_pad, rows=-kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv))
+    pad_q = functools.partial(pad_rows, rows=-q_len % max(WARPGROUPS * blocks.q, blocks.backward_q))
+    pad_kv = functools.partial(
+        pad_rows, rows=-kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv)
+    )
     operands = ByHead(
         query=pad_q(operands.query),
         key=pad_kv(operands.key),
@@ -94,13 +98,9 @@ def attention(
 def _by_head(routed: Routed, blocks: BlockSizes) -> tuple[Heads, ByHead]:
     """The heads of the launch and their operands, without padding."""
     batch, q_len, _, experts, head_dim = routed.query.shape
-    shared_query, shared_key, shared_value = (
-        routed.shared_query,
-        routed.shared_key,
-        routed.shared_value,
-    )
-    if routed.takes_mean:
-        shared_key, shared_value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+    shared_query, shared_key, shared_value = routed.shared_query, None, None
+    if shared_query is not None:
+        shared_key, shared_value = shared_operands(routed)
     heads = Heads(
         group=routed.query.shape[2],
         per_group=routed.top_k,
@@ -132,12 +132,6 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
     return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
 
 
-def _pad(x: Array | None, rows: int) -> Array | None:
-    if x is None or rows == 0:
-        return x
-    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
     return forward(operands, mask, visited.forward, **static._asdict()).slots
@@ -148,7 +142,8 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     found = forward(operands, mask, visited.forward, keep_selected=selects, **static._asdict())
     if not selects:
         found = found._replace(selected=operands.query)
-    operands = dataclasses.replace(operands, query=None, shared_query=None)
+    unread: Any = None  # the selected queries stand for both
+    operands = dataclasses.replace(operands, query=unread, shared_query=unread)
     return found.slots, (operands, mask, visited, found)
 
 

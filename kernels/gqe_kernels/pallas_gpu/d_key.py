@@ -1,13 +1,13 @@
 """The kernel of dK and dV: two warpgroups of keys over a pipeline of queries."""
 
 import functools
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
@@ -25,7 +25,7 @@ def d_key_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    mask: Mask,
+    mask: Any,  # Mask, of references
     d_k_ref,
     d_v_ref,
     buffers,
@@ -121,7 +121,7 @@ def d_key_kernel(
                 plgpu.barrier_arrive(q_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+            if mask.hides_any or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             own_k[...] = (d_k_acc[...] * scale).astype(dtype)
             own_v[...] = d_v_acc[...].astype(dtype)

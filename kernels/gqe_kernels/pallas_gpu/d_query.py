@@ -1,13 +1,13 @@
 """The kernel of dQ: two warpgroups of queries over a pipeline of keys and values."""
 
 import functools
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from gqe_kernels.contract import Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, share_out
@@ -25,7 +25,7 @@ def d_query_kernel(
     logsumexp_ref,
     delta_ref,
     table_ref,
-    mask: Mask,
+    mask: Any,  # Mask, of references
     d_q_ref,
     buffers,
     fetched,
@@ -111,7 +111,7 @@ def d_query_kernel(
                 plgpu.barrier_arrive(kv_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+            if mask.hides_any or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             return d_q_acc[...]
 

@@ -1,7 +1,7 @@
 """Which blocks a tile visits, as small integer tables in global memory."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ class Visits(NamedTuple):
       first_whole: the first whole one.
     """
 
-    position: Int[Array, ""]
-    first: Int[Array, ""]
-    first_whole: Int[Array, ""]
-    whole: Int[Array, ""]
-    steps: Int[Array, ""]
+    position: Any
+    first: Any
+    first_whole: Any
+    whole: Any
+    steps: Any
 
-    def block(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def block(self, step: Int[Array, ""] | int) -> Int[Array, ""]:
         """What a step visits."""
         other = self.first + step - self.whole
         other += jnp.where(other >= self.first_whole, self.whole, 0)
@@ -43,9 +43,9 @@ class Visits(NamedTuple):
 class Tables(NamedTuple):
     """The `Visits` of each kernel's tiles: [batch, tile, 5]."""
 
-    forward: Int[Array, "batch q_tile 5"]
-    d_query: Int[Array, "batch q_tile 5"]
-    d_key: Int[Array, "batch kv_tile 5"]
+    forward: Any
+    d_query: Any
+    d_key: Any
 
 
 def tables(mask: Mask, batch: int, *, lengths: tuple[int, int], blocks: BlockSizes) -> Tables:
@@ -113,9 +113,9 @@ def visits(
 class _Ranges(NamedTuple):
     """The lowest and highest segment of each block, without padding, and whether they are one."""
 
-    low: Int[Array, "..."]
-    high: Int[Array, "..."]
-    one: Bool[Array, "..."]
+    low: Int[Array | np.ndarray, "..."]
+    high: Int[Array | np.ndarray, "..."]
+    one: Bool[Array | np.ndarray, "..."]
 
 
 def _ranges(xp, segment, blocks: int, rows: int, axes: tuple[int, int, int]) -> _Ranges:

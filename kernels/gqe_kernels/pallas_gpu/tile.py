@@ -2,13 +2,12 @@
 
 import functools
 import operator
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-
-from gqe_kernels.contract import Mask
 
 LOG2E = 1.4426950408889634
 MASKED = -1e30
@@ -50,7 +49,7 @@ def probabilities(logits, logsumexp, *, axis: int, scale: float, seen):
 
 
 def visible(
-    mask: Mask,
+    mask: Any,
     shape: tuple[int, int],
     *,
     q_axis: int,
@@ -63,7 +62,7 @@ def visible(
     """Which keys of a tile each query sees, as booleans in the layout of a wgmma's result.
 
     Args:
-      mask: its segments are references.
+      mask: a `Mask` of references.
       q_axis: 0 for a tile [q, kv], 1 for [kv, q].
       q_start, kv_start: the tile's first query and key.
       position: the position of query 0 among the keys.
@@ -82,7 +81,7 @@ def visible(
 
     kv_axis, tests = 1 - q_axis, []
     if mask.causal or kv_end is not None:
-        last = index(q_axis) + (q_start + position) if mask.causal else None
+        last: Any = index(q_axis) + (q_start + position) if mask.causal else None
         if kv_end is not None:
             last = jnp.minimum(last, kv_end - 1) if mask.causal else kv_end - 1
         key = index(kv_axis)

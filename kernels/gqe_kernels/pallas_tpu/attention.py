@@ -62,6 +62,7 @@ def attention(
         raise NotImplementedError(f"implementation='pallas_tpu' does not take {reason}")
     layout = Layout.of(routed)
     blocks = blocks or _default_blocks(layout, routed, mask)
+    assert blocks is not None  # or the shape would be unsupported
     int32 = lambda ids: ids.astype(jnp.int32)  # noqa: E731
     mask = mask.map_queries(int32).map_keys(int32)
     slots = _attention(_Static(layout, float(scale), blocks), flatten(layout, routed), mask)

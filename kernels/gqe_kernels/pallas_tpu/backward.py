@@ -9,7 +9,7 @@ dK and dV of those before it.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,13 @@ from gqe_kernels.pallas_tpu.tile import NN, NT, dot, is_interior, mask_bias, run
 class KeyOperands(NamedTuple):
     """What the queries attend to, or its gradients, which are float32 while they are summed.
 
-    Each is [batch, kv_len, lanes].
+    Each is [batch, kv_len, lanes], a reference to that, or its block specification.
     """
 
-    key: jax.Array
-    value: jax.Array
-    shared_key: jax.Array | None
-    shared_value: jax.Array | None
+    key: Any
+    value: Any
+    shared_key: Any
+    shared_value: Any
 
 
 class _Prefetched(NamedTuple):
@@ -56,7 +56,7 @@ def _kernel(
     logsumexp_ref,
     delta_ref,
     read: KeyOperands,
-    mask: Mask,
+    mask: Any,  # Mask, of references
     index_ref,
     sums: KeyOperands | None,
     d_query_ref,

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -68,7 +69,7 @@ TABLE = Path(__file__).with_name("block_sizes.json")
 
 
 # chip → head_dim → length → fields of `BlockSizes`
-Table = dict[str, dict[str, dict[str, dict]]]
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def tuned(chip: str | None, head_dim: int, length: int, table: Table | None = No
     table = read_table() if table is None else table
     entry = table[chip][str(LANES // 2 if head_dim == LANES // 2 else LANES)]
     nearest = min(entry, key=lambda known: abs(math.log(int(known) / length)))
-    large = _LARGE if CHIPS[chip].vmem_bytes > 64 * MIB else {}
+    large: dict[str, Any] = _LARGE if CHIPS[chip].vmem_bytes > 64 * MIB else {}
     return BlockSizes(bfloat16_exp=CHIPS[chip].bfloat16_exp, **large, **entry[nearest])
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +44,8 @@ from gqe_kernels.pallas_tpu.tile import (
 
 def _kernel(
     table: Visits,
-    refs: Flat,
-    mask: Mask,
+    refs: Any,  # Flat, of references
+    mask: Any,  # Mask, of references
     out_ref,
     logsumexp_ref,
     query_scr,
@@ -60,7 +62,7 @@ def _kernel(
     b, i, step = (pl.program_id(axis) for axis in range(3))
     if tiles.diagonal_first:
         i, step = tiles.paired(i, step)
-        j = i + tiles.static_offset // tiles.kv - step
+        j = i + tiles.first_diagonal - step
         last_step = j == 0
     else:
         j = table.last[b, i] - step
@@ -90,6 +92,7 @@ def _kernel(
         """Softmax and sum of one head's tile; `value` has the columns of ones, if any."""
         keys = logits.shape[1]
         new_max = jnp.max(logits, axis=1, keepdims=True)
+        rescale: Any = None
         if first:
             new_max = jnp.broadcast_to(new_max, (logits.shape[0], LANES))
         else:
@@ -132,7 +135,7 @@ def _kernel(
             x = ref[:, lanes]
             return zero_beyond(x, j * tiles.kv, tiles.kv_len) if ragged else x
 
-        def work():
+        def work() -> Iterator[Any]:
             """Heads and rows, with the keys and values that they read."""
             for u in range(layout.units):
                 lanes = pl.ds(u * row, row)
@@ -158,15 +161,15 @@ def _kernel(
 
         # The compiler keeps to the order written: the next product of queries and keys stands
         # before the softmax that waits for this one's, so that the MXU has work meanwhile.
-        waiting = None
+        waiting: Any = None
         for head, key, value in work():
             for start in range(0, tiles.q, blocks.strip):
-                rows = slice(start, start + blocks.strip)
+                rows: Any = slice(start, start + blocks.strip)
                 logits = score(head, rows, key)
                 if waiting is not None:
-                    combine(*waiting)
-                waiting = head, rows, logits, value, kind == "diagonal"
-        combine(*waiting)
+                    combine(*waiting, first=kind == "diagonal")
+                waiting = head, rows, logits, value
+        combine(*waiting, first=kind == "diagonal")
 
     def interior():
         all_heads("interior")
@@ -269,7 +272,7 @@ def forward(
     def kv_block(b, i, step, table):
         if tiles.diagonal_first:
             i, step = tiles.paired(i, step)
-            return jnp.maximum(i + tiles.static_offset // tiles.kv - step, 0)
+            return jnp.maximum(i + tiles.first_diagonal - step, 0)
         # Once its own blocks are done, a row of blocks names the next row's first, so that it is
         # fetched behind the last product; blocks that are not visited are not fetched.
         block = table.last[b, i] - step
@@ -281,7 +284,7 @@ def forward(
             (None, tiles.kv, lanes), lambda b, i, j, table: (b, kv_block(b, i, j, table), 0)
         )
 
-    def rows(x, spec):
+    def rows(x, spec) -> Any:
         return None if x is None else spec(x.shape[-1])
 
     specs = Flat(
@@ -294,6 +297,7 @@ def forward(
         shared_key=rows(flat.shared_key, kv_rows),
         shared_value=rows(flat.shared_value, kv_rows),
     )
+    pairs = visible_pairs(tiles.q_len, tiles.kv_len, mask)
     # Segments as they broadcast to a tile [q, kv].
     mask = dataclasses.replace(mask, offset=None).map_queries(lambda ids: ids[:, :, None])
     mask = mask.map_keys(lambda ids: ids[:, None, :])
@@ -313,7 +317,6 @@ def forward(
         result_shape(flat.query, (batch, tiles.q_len, layout.slots * layout.head_dim), dtype),
         result_shape(flat.query, (batch, layout.padded_heads, padded), jnp.float32),
     ]
-    pairs = visible_pairs(tiles.q_len, tiles.kv_len, mask)
     return pl.pallas_call(
         functools.partial(_kernel, layout=layout, tiles=tiles, blocks=blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -1,6 +1,7 @@
 """Where heads, experts and slots lie in the lanes of the projections' flat arrays."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Routed, Slots
-from gqe_kernels.reference import mean_over_groups
+from gqe_kernels.reference import shared_operands
 
 LANES = 128
 MASKED = -1e30
@@ -121,7 +122,7 @@ def flatten(layout: Layout, routed: Routed) -> Flat:
     """
     batch, q_len, group, _, head_dim = routed.query.shape
 
-    def heads(x, lanes=layout.head_dim):
+    def heads(x, lanes=layout.head_dim) -> Any:
         if x is None:
             return None
         if lanes > head_dim:
@@ -132,9 +133,9 @@ def flatten(layout: Layout, routed: Routed) -> Flat:
     if index is None:
         index = lax.broadcasted_iota(jnp.int32, (batch, q_len, group, layout.k), 3)
     weight = routed.slot_weight
-    shared_key, shared_value = routed.shared_key, routed.shared_value
-    if routed.takes_mean:
-        shared_key, shared_value = mean_over_groups(routed.key), mean_over_groups(routed.value)
+    shared_key = shared_value = None
+    if layout.shared:
+        shared_key, shared_value = shared_operands(routed)
     return Flat(
         query=heads(routed.query),
         key=heads(routed.key),
@@ -154,7 +155,7 @@ def unflatten_slots(
     return slots.reshape(*slots.shape[:2], layout.slots, layout.head_dim)[..., :head_dim]
 
 
-def half_mask(shape: tuple[int, int], half: int) -> jax.Array:
+def half_mask(shape: tuple[int, ...], half: int) -> jax.Array:
     """True on the lanes of one half of a 128-lane row."""
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     return lane >= LANES // 2 if half else lane < LANES // 2
@@ -169,7 +170,7 @@ def select_query(layout: Layout, query_ref, index, group: int, half: int) -> jax
     """
     q, row = index.shape[0], layout.row
     if layout.groups_per_unit == 1:
-        chosen = None
+        chosen: Any = None
         for m in range(layout.expert):
             start = (group * layout.expert + m) * row
             x = query_ref[:, start : start + row].astype(jnp.float32)
@@ -230,7 +231,8 @@ def result_shape(like: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
     aval = jax.typeof(like)
     if hasattr(aval, "manual_axis_type"):  # jax 0.12; before it, the name was vma
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.manual_axis_type)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)
+    names: Any = {"vma": aval.vma}
+    return jax.ShapeDtypeStruct(shape, dtype, **names)
 
 
 def widen(layout: Layout, x: jax.Array) -> jax.Array:
@@ -242,7 +244,8 @@ class SlotWriter:
     """Writes slots, in order; at head_dim 64 each comes in both halves, and two make a row."""
 
     def __init__(self, layout: Layout, slots_ref):
-        self.layout, self.slots_ref, self.pending = layout, slots_ref, None
+        self.layout, self.slots_ref = layout, slots_ref
+        self.pending: Any = None
 
     def write(self, slot: int, x: jax.Array) -> None:
         layout, ref, row = self.layout, self.slots_ref, self.layout.row

@@ -6,6 +6,7 @@ share of the weighted slot's), and delta = sum over lanes of output × gradient;
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from gqe_kernels.pallas_tpu.layout import (
 
 
 def _kernel(
-    refs: Flat,
+    refs: Any,  # Flat, of references
     slots_ref,
     d_slots_ref,
     selected_ref,
@@ -85,7 +86,10 @@ def prepare(flat: Flat, slots, d_slots, *, layout: Layout, scale, q: int, vmem_b
     """
     batch, q_len, _ = flat.query.shape
     num_q, weight = -(-q_len // q), flat.slot_weight
-    flat = dataclasses.replace(flat, key=None, value=None, shared_key=None, shared_value=None)
+    unread: Any = None
+    flat = dataclasses.replace(
+        flat, key=unread, value=unread, shared_key=unread, shared_value=unread
+    )
 
     def rows(x):
         return pl.BlockSpec((None, q, x.shape[-1]), lambda b, i: (b, i, 0))

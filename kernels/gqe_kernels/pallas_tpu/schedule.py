@@ -1,7 +1,7 @@
 """The tiles of one call, and which blocks of keys each block of queries visits."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -23,6 +23,7 @@ class Tiles:
     causal: bool
     segments: bool
     static_offset: int | None = None  # position of the first query, where it is known
+    is_prefill: bool = False  # nothing but causality and a known offset hides keys
 
     @classmethod
     def of(cls, q: int, kv: int, flat: Flat, mask: Mask) -> "Tiles":
@@ -39,6 +40,7 @@ class Tiles:
             causal=mask.causal,
             segments=mask.q_segment_ids is not None,
             static_offset=mask.static_offset,
+            is_prefill=mask.is_prefill,
         )
 
     @property
@@ -47,14 +49,18 @@ class Tiles:
         corner to corner, and sees all of the others: what a prefill is."""
         offset = self.static_offset
         return (
-            self.causal
-            and not self.segments
+            self.is_prefill
             and self.q == self.kv
             and offset is not None
             and offset >= 0
             and offset % self.kv == 0
             and offset + self.q_len <= self.kv_len
         )
+
+    @property
+    def first_diagonal(self) -> int:
+        """The block of keys on the diagonal of the first block of queries of a prefill."""
+        return (self.static_offset or 0) // self.kv
 
     def paired(self, pair, step):
         """The block of queries at [pair, step] of a prefill's grid, and how many blocks of keys lie
@@ -64,7 +70,7 @@ class Tiles:
         the grid they leave no step empty, and cores share the work evenly. A block in the middle is
         alone, and steps beyond its keys are empty.
         """
-        first = pair + 1 + self.static_offset // self.kv
+        first = pair + 1 + self.first_diagonal
         second = (step >= first) & (2 * pair + 1 < self.num_q)
         i = jnp.where(second, self.num_q - 1 - pair, pair)
         return i, jnp.where(second, step - first, step)
@@ -73,7 +79,7 @@ class Tiles:
     def pairs(self) -> tuple[int, int]:
         """The size of the grid of `paired`."""
         seen = self.num_q + 1 if self.num_q > 1 else 1
-        before = self.static_offset // self.kv * min(self.num_q, 2)
+        before = self.first_diagonal * min(self.num_q, 2)
         return -(-self.num_q // 2), seen + before
 
     @property
@@ -112,8 +118,8 @@ class Visits(NamedTuple):
     visits; inside them, blocks whose segments cannot meet are skipped."""
 
     position: Int[Array, "batch q_block"]
-    first: Int[Array, "batch outer"]
-    last: Int[Array, "batch outer"]
+    first: Any  # [batch, outer], like `last`; None where the grid says what is visited
+    last: Any
     q: Blocks | None
     kv: Blocks | None
 

@@ -1,5 +1,7 @@
 """What the forward and the backward kernel share: products and masks of a tile of logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +24,7 @@ def dot(x: jax.Array, y: jax.Array, dimensions) -> jax.Array:
 def runs(tiles: Tiles, visits: Visits, b, i, j, outer, inner) -> jax.Array:
     """Whether some query of block i can see some key of block j."""
     run = (visits.first[b, outer] <= inner) & (inner <= visits.last[b, outer])
-    if tiles.segments:
+    if visits.q is not None and visits.kv is not None:
         run &= visits.q.low[b, i] <= visits.kv.high[b, j]
         run &= visits.kv.low[b, j] <= visits.q.high[b, i]
     return run
@@ -35,7 +37,7 @@ def is_interior(tiles: Tiles, visits: Visits, b, i, j) -> jax.Array:
         interior &= (j + 1) * tiles.kv - 1 <= visits.position[b, i]
     if tiles.kv_ragged:
         interior &= j < tiles.num_kv - 1
-    if tiles.segments:
+    if visits.q is not None and visits.kv is not None:
         segment = visits.q.high[b, i]
         for other in (visits.q.lowest[b, i], visits.kv.lowest[b, j], visits.kv.high[b, j]):
             interior &= segment == other
@@ -51,7 +53,7 @@ def mask_bias(tiles: Tiles, visits: Visits, b, i, j, q_segment, kv_segment, kv_a
     """
     shape = (tiles.q, tiles.kv) if kv_axis == 1 else (tiles.kv, tiles.q)
     key = lax.broadcasted_iota(jnp.int32, shape, kv_axis)
-    visible = None
+    visible: Any = None
     if tiles.causal:
         query = lax.broadcasted_iota(jnp.int32, shape, 1 - kv_axis)
         visible = key - query <= visits.position[b, i] - j * tiles.kv
