@@ -13,6 +13,7 @@ import tyro
 
 from gqe_jax import processes
 from gqe_jax.errors import UserError
+from gqe_jax.storage import explain
 
 
 def parse[Config](
@@ -45,6 +46,8 @@ def parse[Config](
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:
     """Calls `function`; a `UserError` ends the program with its message and status 1.
 
+    So does a failure of files that a user can mend, such as a full disk (`storage.explain`).
+
     Args:
       function: what the command does.
       all_processes: whether all processes of a job run it together (`processes.join`). Then any
@@ -56,11 +59,12 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         if all_processes:
             processes.join()
         return function()
-    except UserError as error:
-        if not jax.distributed.is_initialized():
-            sys.exit(f"error: {error}")
-        _end_now(f"error: {error}")
     except Exception as error:
+        mendable = str(error) if isinstance(error, UserError) else explain(error)
+        if mendable is not None:
+            if not jax.distributed.is_initialized():
+                sys.exit(f"error: {mendable}")
+            _end_now(f"error: {mendable}")
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
