@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -30,7 +30,7 @@ from gqe_jax.training.lock import RunLock
 from gqe_jax.training.optimizer import warmup_stable_decay
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
-from gqe_jax.training.telemetry import Silent, Telemetry, Terminal, read_metrics
+from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
 
 
 class NonFiniteLossError(UserError, RuntimeError):
@@ -92,7 +92,7 @@ def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
         )
 
 
-def train(config: RunConfig, *, stream: TextIO | None = None) -> TrainState:
+def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
     """Trains a run to its last step, or until a signal; resumes from its latest checkpoint.
 
     A run whose only checkpoint is step 0, as `gqe_jax.interop` writes it, begins with those
@@ -227,7 +227,7 @@ def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
 
 
 def _telemetry(
-    config: RunConfig, mesh: Mesh, start: int, stream: TextIO | None
+    config: RunConfig, mesh: Mesh, start: int, stream: Stream | None
 ) -> contextlib.AbstractContextManager[Telemetry | Silent]:
     """Writes the configuration and returns what writes the metrics, on the first process only."""
     if not processes.is_first():

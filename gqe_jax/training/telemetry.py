@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,6 +37,19 @@ def read_metrics(run_dir: str | os.PathLike | UPath) -> list[dict[str, Any]]:
     return lines
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What progress is printed to: a text file."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+    def fileno(self) -> int: ...
+
+
 class Terminal:
     """A stream for progress whose reader may go away, as in `2>&1 | head`: training goes on.
 
@@ -44,7 +57,7 @@ class Terminal:
     that writes there fails either.
     """
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Stream):
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -64,9 +77,12 @@ class Terminal:
         except (OSError, ValueError):
             return False
 
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
     def _give_up(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            descriptor = self._stream.fileno()
+            descriptor = self.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
@@ -101,7 +117,7 @@ class Telemetry:
         steps: int,
         flops_per_token: float,
         devices: list[jax.Device],
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ):
         self._run_dir = location(run_dir)
         self._start, self._steps = start, steps
