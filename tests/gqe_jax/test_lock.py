@@ -54,6 +54,8 @@ def foreign(path, renewed: float = 0.0) -> None:
 
 
 def locks(directory) -> list[str]:
+    if not directory.exists():  # a store has no empty directories
+        return []
     return sorted(path.name for path in directory.iterdir() if path.name.endswith(".lock"))
 
 
