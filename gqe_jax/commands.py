@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -77,6 +78,8 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
 def _end_now(message: str) -> NoReturn:
     """Ends a process of a job without waiting for the others, which may be dead or waiting."""
     print(f"{processes.describe()}{message}", file=sys.stderr, flush=True)
+    if processes.is_first():
+        time.sleep(1)  # without this process the others end at once, before their own message
     os._exit(1)
 
 

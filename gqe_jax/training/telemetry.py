@@ -59,6 +59,7 @@ class Terminal:
 
     def __init__(self, stream: Stream):
         self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)  # by which tqdm draws its bar
 
     def write(self, text: str) -> int:
         try:

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -179,14 +180,14 @@ def test_a_flipped_bit_is_found_when_a_checkpoint_is_read(finished, tmp_path):
     expected = saved_state(finished, 8)
     config = copy_of(finished, tmp_path / "run")
     directory = tmp_path / "run" / "checkpoints" / "8" / "params"
-    largest = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    whole, found = largest.read_bytes(), 0
+    files = [p for p in directory.rglob("*") if p.is_file() and p.stat().st_size > 1000]
+    whole, found = {path: path.read_bytes() for path in files}, 0
     rng = random.Random(0)
     for _ in range(6):
-        place = rng.randrange(len(whole))
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << rng.randrange(8)
-        largest.write_bytes(damaged)
+        for path, content in whole.items():
+            damaged = bytearray(content)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
         problem, state = None, expected
         try:
             state = saved_state(config, 8)
@@ -198,7 +199,8 @@ def test_a_flipped_bit_is_found_when_a_checkpoint_is_read(finished, tmp_path):
         for ours, theirs in zip(state, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert found >= 4
-    largest.write_bytes(whole)
+    for path, content in whole.items():
+        path.write_bytes(content)
     saved = tmp_path / "run" / "checkpoints" / "8" / "run" / "metadata"
     content = json.loads(saved.read_text())
     name = next(name for name in content["checksums"] if name.startswith("params/"))
@@ -252,12 +254,16 @@ def test_what_changes_no_number_is_no_difference(finished, corpus, tmp_path, mon
 
 
 def test_another_accumulation_is_allowed_and_said(finished, tmp_path):
-    config = copy_of(finished, tmp_path / "run", steps=10, accumulation_steps=4)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=1, tensor=-1))
-    with pytest.raises(ConfigError, match="num_kv_heads"):
-        run(config)
-    config = dataclasses.replace(config, accumulation_steps=1, mesh=MeshConfig(data=8))
-    assert "accumulation_steps" not in run(config)
+    """The losses of the text are those of the first run, but for the router's share."""
+    undisturbed = copy_of(finished, tmp_path / "undisturbed", steps=10)
+    run(undisturbed)
+    mesh = MeshConfig(data=2, context=2, tensor=2)
+    config = copy_of(finished, tmp_path / "run", steps=10, accumulation_steps=4, mesh=mesh)
+    output = run(config)
+    assert "accumulation_steps is 4, was 1" in output
+    assert "sums are in another order" in output
+    ours, theirs = (column(c.run_dir, "loss") for c in (config, undisturbed))
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-2)
 
 
 def test_a_restart_from_a_step_with_another_learning_rate(finished, tmp_path):
@@ -271,7 +277,8 @@ def test_a_restart_from_a_step_with_another_learning_rate(finished, tmp_path):
     assert "changes at step 4: restarted; the run was at step 8" in output
     ours, theirs = (column(c.run_dir, "loss") for c in (config, finished))
     assert list(ours) == list(range(1, 9))
-    assert [ours[step] for step in range(1, 6)] == [theirs[step] for step in range(1, 6)]
+    first = range(1, 6)  # the loss of step 5 is of the parameters after step 4
+    assert [ours[step] for step in first] == pytest.approx([theirs[step] for step in first])
     assert ours[7] != theirs[7]
     rates, before = (column(c.run_dir, "learning_rate") for c in (config, finished))
     assert rates[5] == pytest.approx(before[5] / 2)
@@ -340,7 +347,7 @@ def test_a_hangup_saves_and_a_closed_pipe_does_not_matter(corpus, tmp_path):
     process = start_training(config)
     process.stdout.close()
     while process.poll() is None and max(column(config.run_dir, "loss"), default=0) < 5:
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=300) == 0
     with Checkpoints(config.run_dir, read_only=True) as checkpoints:
