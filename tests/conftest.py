@@ -32,12 +32,8 @@ import pytest
 
 import tests.typed  # noqa: F401  # for the hook, which has its name
 
-# Each call of a function of these modules is checked against its annotations, shapes included.
-TYPED = (
-    "commands compile_for config_json data evaluation generation interop processes report runs "
-    "sharding storage training"
-)
-jaxtyping.install_import_hook([f"gqe_jax.{room}" for room in TYPED.split()], "tests.typed.checked")
+# Each call of a function of the packages is checked against its annotations, shapes included.
+jaxtyping.install_import_hook(["gqe_jax", "gqe_kernels"], "tests.typed.checked")
 
 
 def pytest_runtest_setup(item):

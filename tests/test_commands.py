@@ -77,7 +77,7 @@ def test_every_field_is_a_documented_flag():
         "--mesh.tensor",
     ):  # fmt: skip
         assert flag in result.stdout, flag
-    assert "Groups, each with one key/value head, G." in result.stdout
+    assert "Number of groups, each with one key/value head, G." in result.stdout
     assert "{gqe,hard_concat,weighted_concat,gqa}" in result.stdout
 
 

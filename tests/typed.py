@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-import beartype
+from beartype import BeartypeConf, beartype
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 
 def checked(function: Callable) -> Callable:
@@ -11,4 +13,4 @@ def checked(function: Callable) -> Callable:
     JAX builds dataclasses of shapes, shardings and None from those of arrays, and configurations
     name a wrong value themselves.
     """
-    return function if function.__name__ == "__init__" else beartype.beartype(function)
+    return function if function.__name__ == "__init__" else _check(function)

@@ -13,9 +13,9 @@ from gqe_jax.evaluation.perplexity import HeldOut, evaluate
 from gqe_jax.runs import Run
 from gqe_jax.sharding import check_divides, make_mesh
 from gqe_jax.training.steps import make_steps
+from gqe_kernels import ImplementationName
 
 _OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length", "tokenizer")
-from gqe_kernels import ImplementationName
 
 
 @dataclasses.dataclass(frozen=True)

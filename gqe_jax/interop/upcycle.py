@@ -28,7 +28,6 @@ from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
-from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.runs import SPREAD, Run, write_run
 from gqe_jax.sharding import make_mesh
@@ -66,7 +65,7 @@ class UpcycleConfig:
     """The training that follows also learns the dense run's predictions, with
     `optimizer.distillation_weight`."""
     seed: int = 0
-    """Of the router's weights and of the order of the text."""
+    """Seed of the router's weights and of the order of the text."""
 
     def __post_init__(self) -> None:
         for field in ("calibration_batches", "steps"):
@@ -253,8 +252,7 @@ def _slots(
 ) -> Float[Array, "batch length slot head_dim"]:
     """What enters W_O."""
     block = nnx.merge(graphdef, params)
-    attention = sharded(block.attention.implementation)
-    return block.attention.slots(block.attention_norm(x), attention=attention)[0]
+    return block.attention.slots(block.attention_norm(x))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,9 +1,10 @@
 """Grouped Query Experts and its dense baseline, grouped-query attention, as `nnx.Module`s.
 
 Source: Grouped Query Experts, arXiv 2606.20945; the numbers of the equations are ours. An expert is
-a query head. For one token x [embed_dim]; g counts the num_kv_heads groups, m the experts of a group
-(num_query_experts / num_kv_heads of them), j = 1..top_k the ranks of those that the token selects;
-@ contracts embed_dim, and a head has head_dim features (None: embed_dim / num_query_experts):
+a query head. For one token x [embed_dim]; g counts the num_kv_heads groups, m the
+num_query_experts / num_kv_heads experts of a group, j = 1..top_k the ranks of those that the token
+selects; @ contracts embed_dim; a head has head_dim features, by default embed_dim /
+num_query_experts:
 
 (1) key[g] = rope(x @ W_key[g]),  value[g] = x @ W_value[g]
 (2) query[g, m] = rope(x @ W_query[g, m]),  shared_query = rope(x @ W_shared_query)
@@ -48,7 +49,7 @@ from gqe_jax.model.cache import KVCache, with_cache
 from gqe_jax.model.layers import apply_rope, projection, rms_norm
 from gqe_jax.model.sharded_attention import sharded
 from gqe_kernels import Attention, Implementation, Routed, Slots, get_attention
-from gqe_kernels.contract import default_scale
+from gqe_kernels.contract import AnyArray, default_scale
 
 
 @jax.tree_util.register_dataclass
@@ -101,10 +102,10 @@ class _Attention(nnx.Module):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[AnyArray, "batch length"] | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
         """Causal self-attention.
@@ -136,7 +137,6 @@ class _Attention(nnx.Module):
             segment_ids=segment_ids,
             cache=cache,
             return_routing=return_routing,
-            attention=sharded(self.implementation),
         )
         return self.out(slots), aux, cache
 
@@ -237,16 +237,16 @@ class GroupedQueryExperts(_Attention):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        attention: Attention,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        attention: Attention | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Slots, AttentionAux, KVCache | None]:
         """The slots that W_out multiplies, equations (1) to (5) but for the product.
 
         Args:
-          attention: a function of the contract, such as `sharded(layer.implementation)`.
+          attention: a function of the contract; None: `sharded(self.implementation)`.
           x, positions, segment_ids, cache, return_routing: as in a call of the layer.
 
         Returns:
@@ -276,12 +276,13 @@ class GroupedQueryExperts(_Attention):
             routed = dataclasses.replace(
                 routed, shared_key=routed.key[:, :, 0], shared_value=routed.value[:, :, 0]
             )
+        attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(config.resolved_head_dim))  # (4), (5)
         if config.variant == "weighted_concat":
             slots *= selected.reshape(*slots.shape[:3], 1).astype(slots.dtype)
 
-        is_token = jnp.ones(x.shape[:2]) if segment_ids is None else segment_ids != 0
-        is_token = is_token.astype(jnp.float32)
+        is_token = True if segment_ids is None else segment_ids != 0
+        is_token = jnp.broadcast_to(jnp.asarray(is_token, jnp.float32), x.shape[:2])
         load = routing.expert_load(expert_index, config.experts_per_group, is_token)
         aux = AttentionAux(
             load_balancing_loss=routing.load_balancing_loss(probs, load, is_token),
@@ -320,9 +321,9 @@ class GroupedQueryAttention(_Attention):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        attention: Attention,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        attention: Attention | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Slots, AttentionAux, KVCache | None]:
@@ -332,13 +333,11 @@ class GroupedQueryAttention(_Attention):
         query, key = self._rope("query", x, positions), self._rope("key", x, positions)
         routed = Routed(query, key, self.value(x))
         routed, mask, cache = with_cache(routed, segment_ids, cache)
+        attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))
-        zero = jnp.zeros((), jnp.float32)
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         group = self.config.num_kv_heads
-        aux = AttentionAux(
-            zero, zero, jnp.zeros((group, 0), jnp.float32), jnp.zeros(group, jnp.float32)
-        )
-        return slots, aux, cache
+        return slots, AttentionAux(zeros(()), zeros(()), zeros((group, 0)), zeros(group)), cache
 
 
 def make_attention(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gqe_jax.config import AttentionConfig
 from gqe_kernels import Mask, Routed
+from gqe_kernels.contract import AnyArray
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +91,7 @@ class KVCache:
 
 
 def with_cache(
-    routed: Routed, segment_ids: Int[Array, "batch length"] | None, cache: KVCache | None
+    routed: Routed, segment_ids: Int[AnyArray, "batch length"] | None, cache: KVCache | None
 ) -> tuple[Routed, Mask, KVCache | None]:
     """What the queries attend to: the cache's keys and values, if there is one, and the new ones.
 

@@ -29,7 +29,7 @@ def select_top_k(
 def slot_weights(
     selected: Float[Array, "batch length group k"],
 ) -> Float[Array, "batch length group k"]:
-    """Weights of the weighted slot: one normalisation over all groups and ranks (5); the guard never acts on a softmax."""
+    """Weights of the weighted slot: one normalisation over all groups and ranks (5)."""
     total = jnp.sum(selected, axis=(-2, -1), keepdims=True)
     return selected / jnp.maximum(total, 1e-9)
 

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from gqe_jax.sharding import partition_spec
 from gqe_kernels import Attention, Mask, Routed, Slots, best_attention
-from gqe_kernels.contract import AXES, MASK_AXES, map_with_axes
-from gqe_kernels.reference import shared_operands
+from gqe_kernels.contract import AXES, MASK_AXES, AnyArray, map_with_axes
+from gqe_kernels.reference import AxisNames, shared_operands
 
 
 def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
@@ -43,7 +43,7 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
         routed_specs, mask_specs = _specs(routed, mask, mesh)
         batch, sequence, group, *_ = routed_specs.query
 
-        def local(routed: Routed, mask: Mask) -> tuple[Slots, Slots, Slots]:
+        def local(routed: Routed, mask: Mask) -> tuple[Array, Array, Array]:
             if routed.takes_mean and (group or sequence):
                 mean_key, mean_value = shared_operands(routed, group)
                 routed = dataclasses.replace(routed, shared_key=mean_key, shared_value=mean_value)
@@ -68,7 +68,7 @@ def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Any, Any]:
     """The partition specs of the operands and of the mask, in trees like theirs."""
     has_positions = mask.static_offset != 0
 
-    def spec(x: Array, axes: tuple[str | None, ...]) -> PartitionSpec:
+    def spec(x: AnyArray, axes: tuple[str | None, ...]) -> PartitionSpec:
         if has_positions:
             axes = tuple(None if axis == "sequence" else axis for axis in axes)
         return partition_spec(axes, x.shape, mesh)
@@ -77,8 +77,8 @@ def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Any, Any]:
 
 
 def _local_slots(
-    attention: Attention, routed: Routed, mask: Mask, scale: float, group: tuple[str, ...] | None
-) -> tuple[Slots, Slots, Slots]:
+    attention: Attention, routed: Routed, mask: Mask, scale: float, group: AxisNames
+) -> tuple[Array, Array, Array]:
     """The hard slots of this shard's groups; the weighted and the shared slot, if any, complete."""
     shared = None
     if group and routed.shared_query is not None and _divides(routed, mask, group):
@@ -111,13 +111,13 @@ def _gather_keys(routed: Routed, mask: Mask, zigzag: bool) -> tuple[Routed, Mask
     return routed.map_keys(gather), dataclasses.replace(mask.map_keys(gather), offset=offset)
 
 
-def _divides(routed: Routed, mask: Mask, group: tuple[str, ...]) -> bool:
+def _divides(routed: Routed, mask: Mask, group: AxisNames) -> bool:
     """Whether each piece of the queries divides into an early and a late part for each shard."""
     return routed.query.shape[1] % (2 * jax.lax.axis_size(group) * mask.pieces) == 0
 
 
 def _shared_slot_by_parts(
-    attention: Attention, routed: Routed, mask: Mask, scale: float, group: tuple[str, ...]
+    attention: Attention, routed: Routed, mask: Mask, scale: float, group: AxisNames
 ) -> Float[Array, "batch q_len 1 head_dim"]:
     """The shared slot, for which every shard of the groups does an equal part of the work.
 

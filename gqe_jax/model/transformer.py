@@ -16,6 +16,7 @@ from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
 from gqe_kernels import Attention, Implementation, get_attention
+from gqe_kernels.contract import AnyArray
 
 _REMAT_POLICY = {
     "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -42,9 +43,9 @@ class DecoderBlock(nnx.Module):
         self,
         x: Float[Array, "batch length embed"],
         *,
-        attention: Attention,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        attention: Attention | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
@@ -92,10 +93,10 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
+        tokens: Int[AnyArray, "batch length"],
         *,
-        positions: Int[Array, "batch length"] | None = None,
-        segment_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[AnyArray, "batch length"] | None = None,
+        segment_ids: Int[AnyArray, "batch length"] | None = None,
         cache: KVCache | list[KVCache] | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | list[KVCache] | None]:
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             tokens, positions = to_zigzag(tokens), to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
-        x = constrain(self.embedding(tokens), "batch", "sequence", None)
+        x = constrain(self.embedding(jnp.asarray(tokens)), "batch", "sequence", None)
 
         def block(layer: DecoderBlock, x: Array, cache: KVCache | None):
             return layer(

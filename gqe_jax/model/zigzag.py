@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gqe_jax.sharding import partition_spec
+from gqe_kernels.contract import AnyArray
 
 
 def context_shards(length: int) -> int:
@@ -22,7 +23,7 @@ def context_shards(length: int) -> int:
     return shards if length % (2 * shards) == 0 else 1
 
 
-def to_zigzag(x: Array, *axes: str | None) -> Array:
+def to_zigzag(x: AnyArray, *axes: str | None) -> Array:
     """`x`, in natural order, put in zigzag order.
 
     Args:
@@ -36,12 +37,12 @@ def from_zigzag(x: Array, *axes: str | None) -> Array:
     return _exchange(x, axes, "from")
 
 
-def _exchange(x: Array, axes: tuple[str | None, ...], direction: Literal["to", "from"]) -> Array:
+def _exchange(x: AnyArray, axes: tuple[str | None, ...], direction: Literal["to", "from"]) -> Array:
     axes = axes or ("batch", "sequence", *(None,) * (x.ndim - 2))
     axis = axes.index("sequence")
     shards = context_shards(x.shape[axis])
     if shards == 1:
-        return x
+        return jnp.asarray(x)
     # In natural order, shard c holds pieces 2c and 2c + 1.
     homes = [[_home(2 * shard + half, shards) for shard in range(shards)] for half in (0, 1)]
 
@@ -64,7 +65,7 @@ def _exchange(x: Array, axes: tuple[str | None, ...], direction: Literal["to", "
         return jnp.concatenate(parts, axis=axis)
 
     spec = partition_spec(axes, x.shape, jax.sharding.get_abstract_mesh())
-    return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
+    return jax.shard_map(local, in_specs=spec, out_specs=spec)(jnp.asarray(x))
 
 
 def _home(piece: int, shards: int) -> int:

@@ -245,7 +245,7 @@ def _gathered(table: Array, dtype: Any, axes: _Axes) -> Array:
     return jax.lax.all_gather(table, axes.embed, axis=1, tiled=True) if axes.embed else table
 
 
-def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+def _chunks(arrays: tuple[Array | np.ndarray, ...], chunk: int) -> tuple[Array, ...]:
     """Reshapes [batch, length, ...] to [chunks, batch, chunk, ...], padded with zeros."""
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)

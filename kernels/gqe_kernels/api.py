@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gqe_kernels import cudnn, decode, pallas_tpu, reference, xla
 from gqe_kernels.contract import (
+    AnyArray,
     Attention,
     Implementation,
     ImplementationName,
@@ -35,9 +36,9 @@ def routed_attention(
     *,
     scale: float | None = None,
     causal: bool = True,
-    q_segment_ids: Int[Array, "batch q_len"] | None = None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
+    q_segment_ids: Int[AnyArray, "batch q_len"] | None = None,
+    kv_segment_ids: Int[AnyArray, "batch kv_len"] | None = None,
+    q_offset: int | Int[AnyArray, ""] | Int[AnyArray, "batch"] | Int[AnyArray, "batch piece"] = 0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """The slots of a GQE layer before W_O: attention of the query experts that each token selected.
@@ -105,9 +106,9 @@ def dense_attention(
     *,
     scale: float | None = None,
     causal: bool = True,
-    q_segment_ids: Int[Array, "batch q_len"] | None = None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None = None,
-    q_offset: int | Int[Array, ""] | Int[Array, "batch"] | Int[Array, "batch piece"] = 0,
+    q_segment_ids: Int[AnyArray, "batch q_len"] | None = None,
+    kv_segment_ids: Int[AnyArray, "batch kv_len"] | None = None,
+    q_offset: int | Int[AnyArray, ""] | Int[AnyArray, "batch"] | Int[AnyArray, "batch piece"] = 0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch q_len slot head_dim"]:
     """Grouped-query attention of all heads: the baseline, on the best kernel of each platform.

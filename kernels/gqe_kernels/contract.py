@@ -7,8 +7,8 @@ layer before W_O: the hard slots `o[g, j]`, group-major and within a group by ra
 """
 
 import dataclasses
-import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+AnyArray = Array | np.ndarray
 Slots = Float[Array, "batch q_len slot head_dim"]
 ImplementationName = Literal["reference", "xla", "decode", "pallas_tpu", "pallas_gpu", "cudnn"]
 
@@ -88,9 +89,9 @@ class Mask:
 
     __no_type_check__ = True
 
-    offset: Int[Array | np.ndarray, "batch piece"] | None = None
-    q_segment_ids: Int[Array, "batch q_len"] | None = None
-    kv_segment_ids: Int[Array, "batch kv_len"] | None = None
+    offset: Int[AnyArray, "batch piece"] | None = None
+    q_segment_ids: Int[AnyArray, "batch q_len"] | None = None
+    kv_segment_ids: Int[AnyArray, "batch kv_len"] | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     start: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -105,7 +106,18 @@ class Mask:
         return self.start if self.offset is None else None
 
     @property
-    def offsets(self) -> Int[Array | np.ndarray, "#batch piece"]:
+    def hides_any(self) -> bool:
+        """Whether some query may not see some key."""
+        return self.causal or self.q_segment_ids is not None
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the mask is causal with a known start and has no other field set."""
+        others = [field for field in dataclasses.fields(self) if field.name != "start"]
+        return all(getattr(self, field.name) is field.default for field in others)
+
+    @property
+    def offsets(self) -> Int[AnyArray, "#batch piece"]:
         """The position of the first query of each piece; a NumPy array where it is `start`."""
         return np.full((1, 1), self.start, np.int32) if self.offset is None else self.offset
 
@@ -162,18 +174,11 @@ def map_with_axes[Operands: (Routed, Mask)](
 
 def split_pieces(routed: Routed, mask: Mask) -> Iterator[tuple[Routed, Mask]]:
     """Each piece of the queries with its own mask, for implementations that know one position."""
-    pieces = mask.pieces
-    for piece in range(pieces):
-        part = functools.partial(_part, pieces=pieces, index=piece)
+    length = routed.query.shape[1] // mask.pieces
+    for piece in range(mask.pieces):
+        take = operator.itemgetter((slice(None), slice(piece * length, (piece + 1) * length)))
         offset = mask.offsets[:, piece : piece + 1]
-        yield (
-            routed.map_queries(part),
-            dataclasses.replace(mask.map_queries(part), offset=offset),
-        )
-
-
-def _part(x: Array, *, pieces: int, index: int) -> Array:
-    return jnp.split(x, pieces, axis=1)[index]
+        yield routed.map_queries(take), dataclasses.replace(mask.map_queries(take), offset=offset)
 
 
 def default_scale(head_dim: int) -> float:
@@ -185,9 +190,9 @@ def make_mask(
     routed: Routed,
     *,
     causal: bool,
-    q_segment_ids: Int[Array, "batch q_len"] | None,
-    kv_segment_ids: Int[Array, "batch kv_len"] | None,
-    q_offset: int | Int[Array, "..."],
+    q_segment_ids: Int[AnyArray, "batch q_len"] | None,
+    kv_segment_ids: Int[AnyArray, "batch kv_len"] | None,
+    q_offset: int | Int[AnyArray, "..."],
 ) -> Mask:
     """The mask that the arguments of `routed_attention` describe.
 
@@ -264,6 +269,6 @@ def check(routed: Routed) -> None:
     _check_shape("shared_value", routed.shared_value, (batch, kv_len, head_dim))
 
 
-def _check_shape(name: str, x: Array | None, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, x: AnyArray | None, shape: tuple[int, ...]) -> None:
     if x is not None and x.shape != shape:
         raise ValueError(f"{name} has shape {x.shape}; it must be {shape}")

@@ -26,19 +26,14 @@ def attend(
       last_reads_mean: the last head's query is the same in every group, and the mean over groups of
         its outputs is its attention to the mean over groups of key and value.
     """
-    logits = scale * jnp.einsum("btghd,bsgd->bghts", query, key, preferred_element_type=jnp.float32)
+    logits = scale * reference.float32_einsum("btghd,bsgd->bghts", query, key)
     if last_reads_mean:
         own, last = logits[:, :, :-1], logits[:, :, -1:]
         mean = jnp.broadcast_to(jnp.mean(last, axis=1, keepdims=True), last.shape)
         logits = jnp.concatenate([own, mean], axis=2)
     visible = reference.visible(mask, query.shape[1], key.shape[1])
     weights = reference.masked_softmax(logits, visible)
-    return jnp.einsum(
-        "bghts,bsgd->btghd",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
+    return reference.float32_einsum("bghts,bsgd->btghd", weights.astype(value.dtype), value)
 
 
 def attention(routed: Routed, mask: Mask, scale: float) -> Slots:

@@ -1,15 +1,18 @@
 """The semantics of the contract in plain float32 JAX: the oracle of every other implementation."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
+from gqe_kernels.contract import AnyArray, Mask, Routed, Slots, split_pieces
 
 Heads = Float[Array, "batch q_len group head head_dim"]
 Keys = Float[Array, "batch kv_len group head_dim"]
+AxisNames = str | tuple[str, ...] | None
 Attend = Callable[[Heads, Keys, Keys, Mask, float], Heads]
 
 
@@ -47,6 +50,19 @@ def masked_softmax(
     return weights / jnp.where(total > 0, total, 1.0)
 
 
+def float32_einsum(subscripts: str, x: Array, y: Array) -> Array:
+    """A product of operands in their own dtype, summed in float32.
+
+    XLA:CPU has no code for some shapes of bfloat16 operands with a float32 result, as in decoding,
+    so there the operands are float32, in which their products are the same.
+    """
+    in_float32 = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float32:
+        return in_float32(x, y)
+    on_cpu = lambda x, y: in_float32(x.astype(jnp.float32), y.astype(jnp.float32))  # noqa: E731
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=in_float32)
+
+
 def select_experts(
     query: Float[Array, "batch q_len group expert head_dim"],
     expert_index: Int[Array, "batch q_len group k"] | None,
@@ -59,7 +75,7 @@ def select_experts(
 
 
 def mean_over_groups(
-    x: Float[Array, "batch kv_len group head_dim"], axis_names: tuple[str, ...] | None = None
+    x: Float[Array, "batch kv_len group head_dim"], axis_names: AxisNames = None
 ) -> Float[Array, "batch kv_len head_dim"]:
     """The keys or values that the shared head attends to; summed in float32.
 
@@ -77,8 +93,15 @@ def mean_over_groups(
     return (jax.lax.pmean(mean, axis_names) if axis_names else mean).astype(x.dtype)
 
 
+def pad_rows(x: AnyArray | None, rows: int) -> Any:
+    """`x` [batch, length, ...] with so many rows of zeros behind its last."""
+    if x is None or rows == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
+
+
 def shared_operands(
-    routed: Routed, axis_names: tuple[str, ...] | None = None
+    routed: Routed, axis_names: AxisNames = None
 ) -> tuple[Float[Array, "batch kv_len head_dim"], Float[Array, "batch kv_len head_dim"]]:
     """The key and the value that the shared head attends to.
 

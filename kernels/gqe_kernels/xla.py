@@ -47,8 +47,8 @@ def attend(
     """Softmax attention with operands in their own dtype, and float32 softmax and accumulation."""
     q_len, kv_len = query.shape[1], key.shape[1]
     blocks = XlaBlocks(min(blocks.q, q_len), min(blocks.kv, kv_len))
-    pad_q = functools.partial(_pad, rows=-q_len % blocks.q)
-    pad_kv = functools.partial(_pad, rows=-kv_len % blocks.kv)
+    pad_q = functools.partial(reference.pad_rows, rows=-q_len % blocks.q)
+    pad_kv = functools.partial(reference.pad_rows, rows=-kv_len % blocks.kv)
     out = _flash(
         _Tiling(scale, blocks, kv_len),
         jnp.transpose(pad_q(query), (0, 2, 3, 1, 4)),
@@ -57,10 +57,6 @@ def attend(
         mask.map_queries(pad_q).map_keys(pad_kv),
     )
     return jnp.transpose(out, (0, 3, 1, 2, 4))[:, :q_len]
-
-
-def _pad(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2)) if rows else x
 
 
 # Inside, heads stand before length: query [batch, group, head, q_len, head_dim], key and value

@@ -89,7 +89,7 @@ def reach(job: list[subprocess.Popen], config: RunConfig, step: int, timeout: fl
 
 
 def kill_one(job: list[subprocess.Popen], index: int) -> None:
-    """As a machine dies: without notice."""
+    """Kills the process without notice, as a machine dies."""
     job[index].send_signal(signal.SIGKILL)
 
 
@@ -121,5 +121,5 @@ def due_rows(config: RunConfig, start: int, stop: int) -> Rows:
 
 
 def checksum(tokens: np.ndarray) -> int:
-    """Of a row of a batch."""
+    """The checksum of the tokens of a row of a batch."""
     return zlib.crc32(np.ascontiguousarray(tokens, np.int32).tobytes())

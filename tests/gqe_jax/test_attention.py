@@ -188,6 +188,7 @@ def test_aux_has_the_routing_only_when_asked():
     assert layer(x, return_routing=True)[1].expert_index.shape == (BATCH, LENGTH, 2, 1)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,6 +24,7 @@ from gqe_jax.compile_for.report import as_text
 from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig, RunConfig
 from gqe_jax.model.transformer import count_parameters
+from gqe_kernels import Mask
 from gqe_kernels.chips import CHIPS
 from gqe_kernels.pallas_tpu.cost import visible_pairs
 
@@ -111,7 +112,7 @@ def test_costs_are_counted_by_hand():
 
 
 def test_a_product_written_as_a_convolution():
-    """Of [2, 2048, 1024] and [1024, 4, 64], as libtpu writes it: mostly of padding."""
+    """The product of [2, 2048, 1024] and [1024, 4, 64] as libtpu writes it, mostly padding."""
     program = hlo.parse("""\
 ENTRY %main (p.0: bf16[2,2048,1024,1], p.1: bf16[1024,4,64,1]) -> bf16[2,2048,4,64] {
   %p.0 = bf16[2,2048,1024,1]{2,1,3,0:T(8,128)(2,1)} parameter(0)
@@ -192,10 +193,11 @@ def test_the_estimate_is_that_of_a_hand_worked_case():
 def test_visible_pairs_are_those_of_the_mask():
     for q_len, kv_len, offset in ((5, 5, 0), (4, 9, 3), (6, 3, 0), (3, 8, 20)):
         mask = np.arange(kv_len) <= np.arange(q_len)[:, None] + offset
-        assert visible_pairs(q_len, kv_len, True, offset) == mask.sum()
-    assert visible_pairs(5, 7, False, 0) == 35
-    anywhere = [visible_pairs(4, 16, True, offset) for offset in range(13)]
-    assert visible_pairs(4, 16, True, None) == sum(anywhere) / len(anywhere)
+        assert visible_pairs(q_len, kv_len, Mask(start=offset)) == mask.sum()
+    assert visible_pairs(5, 7, Mask(causal=False)) == 35
+    anywhere = [visible_pairs(4, 16, Mask(start=offset)) for offset in range(13)]
+    traced = Mask(offset=np.zeros((1, 1), np.int32))
+    assert visible_pairs(4, 16, traced) == sum(anywhere) / len(anywhere)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_a_sequence_that_does_not_divide_is_named():
 
 
 def test_the_shared_head_is_computed_once_over_the_tensor_axis():
-    """Of T shards each attends for 1/T of the queries: T times over is T times the products."""
+    """Each of T shards attends for 1/T of the queries, not for all of them."""
     layer = make_attention(
         dataclasses.replace(ATTENTION, num_query_experts=4, head_dim=8),
         implementation="reference",

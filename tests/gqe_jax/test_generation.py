@@ -114,7 +114,7 @@ def test_rows_end_by_themselves(generator, expected):
     ids=str,
 )
 def test_tokens_are_drawn_with_their_probabilities(sampling, probabilities):
-    """Of 20,000 rows, within four standard deviations; the order in the vocabulary is another."""
+    """Frequencies of 20,000 rows, within four standard deviations."""
     count, order = 20_000, [2, 0, 3, 1]
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))[order].astype(np.float32)
     tokens = sample(jnp.tile(logits, (count, 1)), sampling, jax.random.key(0), np.arange(count), 0)
@@ -192,14 +192,16 @@ def test_pieces_add_up_to_the_text_whatever_the_bytes():
     assert sum(decoded) < 20 * len(tokens)
 
 
+@pytest.mark.wrong_types
 def test_words_keep_the_space_before_them():
-    """As SentencePiece's decoders, which leave out the space before the first token."""
+    """Decodes like SentencePiece, which leaves out the space before the first token."""
     stream = TextStream(lambda words: "".join(words).removeprefix(" "))
     assert [stream.push(word) for word in (" a", " b", "c", " ", "d")] == ["a", " b", "c", " ", "d"]
 
 
+@pytest.mark.wrong_types
 def test_text_goes_on_behind_a_broken_character():
-    """As the decoders with bytes for want of a word, to whom one byte spoils all beside it."""
+    """Decodes like tokenizers with byte fallback: one bad byte spoils its neighbours."""
 
     def decode(tokens):
         text = ""

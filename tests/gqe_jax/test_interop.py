@@ -91,7 +91,7 @@ def random_tensors(config, dtype=np.float32):
 
 
 def write(directory, config, tensors, shards=1):
-    """As Hugging Face does it, without our writer."""
+    """Writes shards and their index as Hugging Face does, without our writer."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text('{"a": "tokenizer"}')

@@ -9,10 +9,10 @@ from gqe_jax.model import layers
 from tests import oracle
 
 
-def test_rotary_equals_the_oracle_at_any_position():
+def test_rope_equals_the_oracle_at_any_position():
     x = np.random.default_rng(0).standard_normal((2, 5, 3, 8))
     positions = np.array([[0, 1, 2, 3, 4], [7, 9, 1000, 3, 131071]])
-    turned = layers.rotary(jnp.float32(x), jnp.asarray(positions), 10000.0)
+    turned = layers.apply_rope(jnp.float32(x), jnp.asarray(positions), 10000.0)
     for b in range(2):
         for h in range(3):
             expected = oracle.rotate(np, x[b, :, h], positions[b], 10000.0)
@@ -21,11 +21,11 @@ def test_rotary_equals_the_oracle_at_any_position():
             np.testing.assert_allclose(turned[b, 4, h], expected[4], atol=3e-2)
 
 
-def test_rotary_scores_depend_on_the_distance_alone():
+def test_rope_scores_depend_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
 
     def score(at, distance):
-        turn = lambda x, p: layers.rotary(x, jnp.array([[p]]), 10000.0)  # noqa: E731
+        turn = lambda x, p: layers.apply_rope(x, jnp.array([[p]]), 10000.0)  # noqa: E731
         return jnp.sum(turn(q, at + distance) * turn(k, at))
 
     np.testing.assert_allclose(score(3, 5), score(40, 5), rtol=1e-4)

@@ -151,8 +151,8 @@ def test_pairs_are_counted():
 
 def test_tokens_that_prefer_an_expert():
     tokens = np.array([7] * 30 + [8] * 30 + [9])
-    index = np.array([0] * 30 + [1] * 20 + [0] * 10 + [1])[:, None, None]
-    (group,) = measures.preferring_tokens(tokens, measures.chosen(index, 2))
+    index = np.array([0] * 30 + [1] * 20 + [0] * 10 + [1])[None, :, None, None]
+    (group,) = measures.preferring_tokens(tokens, measures.chosen(index, 2)[0])
     assert [(p.token, p.count, p.share) for p in group[0]] == [(7, 30, 1.0)]
     assert [(p.token, p.count) for p in group[1]] == [(8, 30), (9, 1)]
     assert group[1][0].share == pytest.approx(2 / 3)

@@ -44,7 +44,7 @@ def make_batch(step: int, segments: bool = False) -> Batch:
 
 
 def losses(config: RunConfig, devices: int, segments: bool = False) -> list[float]:
-    """Of 20 steps on the first `devices` devices."""
+    """The losses of 20 steps on the first `devices` devices."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     steps = make_steps(config, mesh)
     state, values = steps.layout.init(), []
@@ -71,14 +71,16 @@ def test_a_teacher_that_agrees_leaves_the_text_its_share():
     )
 
     def of(teacher):
-        grads = jax.jit(lambda p: gradients(config, steps.graphdef, p, make_batch(0), teacher)[0])
+        grads = jax.jit(
+            lambda p: gradients(config, steps.layout.graphdef, p, make_batch(0), teacher)[0]
+        )
         return grads(params)
 
     def compare(with_teacher, alone):
         scale = float(np.abs(alone).max())
         np.testing.assert_allclose(with_teacher, 0.25 * alone, atol=1e-4 * scale)
 
-    jax.tree.map(compare, of(Teacher(steps.graphdef, params)), of(None))
+    jax.tree.map(compare, of(Teacher(steps.layout.graphdef, params)), of(None))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_losses_and_gradient_equal_the_definition():
     steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
     state = steps.layout.init()
     batch = make_batch(0)
-    model = nnx.merge(steps.graphdef, jax.device_get(state.params))
+    model = nnx.merge(steps.layout.graphdef, jax.device_get(state.params))
     hidden, aux, _ = model(batch.inputs)
     logits = np.asarray(model.logits(hidden), np.float64)
     nats = (

@@ -5,8 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from gqe_kernels import Implementation, dense_attention, routed_attention
+from gqe_kernels import (
+    Implementation,
+    Mask,
+    Routed,
+    dense_attention,
+    get_attention,
+    routed_attention,
+)
 from tests import oracle
 
 
@@ -119,6 +127,11 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[dict, dict]:
     return arrays, masking
 
 
+def as_arguments(arrays: dict, dtype) -> dict:
+    """The arrays of `make_inputs` in this dtype, indices as they are."""
+    return {n: jnp.asarray(a, a.dtype if n == "expert_index" else dtype) for n, a in arrays.items()}
+
+
 def _segments(rng, kind: str, batch: int, length: int) -> np.ndarray:
     ids = np.ones((batch, length), np.int32)
     if kind == "packed":  # documents of random lengths, with padding behind the last
@@ -214,11 +227,33 @@ class RoutedAttentionContract:
 
     def test_tied_probabilities_route_to_the_lower_index(self):
         arrays, masking = make_inputs(self.base)
-        arrays = {n: a if n == "expert_index" else self.dtype(a) for n, a in arrays.items()}
+        arrays = as_arguments(arrays, self.dtype)
         arrays["expert_index"] = jnp.zeros_like(arrays["expert_index"])
         other = arrays | {"query": arrays["query"].at[:, :, :, 1].set(jnp.nan)}
         first, second = (self.call(**given, **masking) for given in (arrays, other))
         np.testing.assert_array_equal(first, second)
+
+    @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Mask)])
+    def test_no_field_of_the_mask_is_ignored(self, field):
+        """Each changes the slots, or is refused."""
+        arrays, _ = make_inputs(dataclasses.replace(self.base, q_len=24))
+        routed = Routed(**as_arguments(arrays, self.dtype))
+        ids = jnp.asarray(np.arange(24) // 8 + 1, jnp.int32)[None].repeat(len(routed.query), axis=0)
+        segments = {"q_segment_ids": ids, "kv_segment_ids": ids}
+        changes = {
+            "offset": {"offset": jnp.full((len(ids), 1), 4, jnp.int32)},
+            "q_segment_ids": segments,
+            "kv_segment_ids": segments,
+            "causal": {"causal": False},
+            "start": {"start": 4},
+        }
+        attention = get_attention(self.implementation)
+        plain = attention(routed, Mask(), 1.0)
+        try:
+            changed = attention(routed, Mask(**changes[field]), 1.0)
+        except NotImplementedError:
+            return
+        assert not np.allclose(plain.astype(jnp.float32), changed.astype(jnp.float32), atol=0.1)
 
     def test_padding_gets_zero_rows_and_gives_no_gradient(self):
         arrays, masking = make_inputs(dataclasses.replace(self.base, segments="padded"))

@@ -27,6 +27,7 @@ def test_the_default_on_cpu_is_xla():
     )
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

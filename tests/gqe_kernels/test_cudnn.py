@@ -15,6 +15,7 @@ from tests.gqe_kernels.contract import (
     TOLERANCE,
     Case,
     RoutedAttentionContract,
+    as_arguments,
     assert_close,
     make_inputs,
 )
@@ -81,7 +82,7 @@ def test_why_a_gpu_does_not_use_cudnn_is_logged_once(caplog):
 )
 def test_what_cudnn_cannot_take_is_named(dtype, changes, reason):
     arrays, masking = make_inputs(Case(**({"head_dim": 64} | changes)))
-    arrays = {n: a if n == "expert_index" else jnp.asarray(a, dtype) for n, a in arrays.items()}
+    arrays = as_arguments(arrays, dtype)
     with pytest.raises(NotImplementedError, match=reason):
         routed_attention(**arrays, **masking, implementation="cudnn")
 

@@ -24,6 +24,7 @@ from tests.gqe_kernels.contract import (
     Case,
     DenseAttentionContract,
     RoutedAttentionContract,
+    as_arguments,
     make_inputs,
 )
 
@@ -153,11 +154,12 @@ def by_program(items: Items) -> np.ndarray:
 )
 def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
     arrays, masking = make_inputs(Case(**({"head_dim": 64} | changes)))
-    arrays = {n: a if n == "expert_index" else jnp.asarray(a, dtype) for n, a in arrays.items()}
+    arrays = as_arguments(arrays, dtype)
     with pytest.raises(NotImplementedError, match=reason):
         routed_attention(**arrays, **masking, implementation="pallas_gpu")
 
 
+@pytest.mark.wrong_types
 def test_a_gpu_that_is_no_hopper_is_named():
     ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
     query, key = jnp.ones((1, 64, 2, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)

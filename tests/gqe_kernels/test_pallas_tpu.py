@@ -20,6 +20,7 @@ from tests.gqe_kernels.contract import (
     Case,
     DenseAttentionContract,
     RoutedAttentionContract,
+    as_arguments,
     make_inputs,
 )
 
@@ -116,7 +117,9 @@ class TestDensePallasTpu(DenseAttentionContract):
 @pytest.mark.parametrize("length", [1, 2, 3, 6, 7])
 @pytest.mark.parametrize("offset", [0, 2])
 def test_a_prefills_grid_visits_every_block_below_the_diagonal_once(length, offset):
-    tiles = Tiles(128, 128, 128 * length, 128 * (length + offset), True, False, 128 * offset)
+    tiles = Tiles(
+        128, 128, 128 * length, 128 * (length + offset), True, False, 128 * offset, is_prefill=True
+    )
     pairs, steps = tiles.pairs
     visited = [tiles.paired(pair, step) for pair in range(pairs) for step in range(steps)]
     blocks = [(int(i), int(i) + offset - int(step)) for i, step in visited]
@@ -211,10 +214,10 @@ def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
 
 def test_what_the_kernel_cannot_take_is_named():
     arrays, masking = make_inputs(Case())
-    arrays = {n: a if n == "expert_index" else np.float32(a) for n, a in arrays.items()}
+    arrays = as_arguments(arrays, "float32")
     with pytest.raises(NotImplementedError, match="query: head_dim 8"):
         routed_attention(**arrays, **masking, implementation="pallas_tpu")
-    arrays = {n: a if n == "expert_index" else np.float16(a) for n, a in arrays.items()}
+    arrays = as_arguments(arrays, "float16")
     with pytest.raises(NotImplementedError, match="query: dtype float16"):
         routed_attention(**arrays, **masking, implementation="pallas_tpu")
 

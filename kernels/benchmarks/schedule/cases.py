@@ -134,7 +134,7 @@ def gqe(
     call = functools.partial(routed_attention, implementation=attention)
     interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
     rows = length // sizes.q
-    tiles = Tiles(sizes.q, sizes.kv, length, length, True, segments=False, static_offset=0)
+    tiles = Tiles(sizes.q, sizes.kv, length, length, True, False, static_offset=0, is_prefill=True)
     grid = tiles.pairs if tiles.diagonal_first else (rows, length // sizes.kv)
     first = {"diagonal": rows} if tiles.diagonal_first else {"start": rows, "masked": crossed}
     executions = {

@@ -19,7 +19,7 @@ from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
-from gqe_kernels.reference import select_experts, shared_operands
+from gqe_kernels.reference import pad_rows, select_experts, shared_operands
 
 
 class _Static(NamedTuple):
@@ -41,7 +41,9 @@ def unsupported(
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query: dtype {query.dtype}, where bfloat16 or float16 is needed"
     if query.shape[-1] not in DEFAULTS:
-        return f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is"
+        return (
+            f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is needed"
+        )
     if query.size == 0 or routed.key.size == 0:
         return "query, key: an array without entries"
     if not scale > 0:
@@ -72,8 +74,10 @@ def attention(
     (batch, q_len, *_, head_dim), kv_len = routed.query.shape, routed.key.shape[1]
     blocks = blocks or DEFAULTS[head_dim]
     heads, operands = _by_head(routed, blocks)
-    pad_q = functools.partial(_pad, rows=-q_len % max(WARPGROUPS * blocks.q, blocks.backward_q))
-    pad_kv = functools.partial(_pad, rows=-kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv))
+    pad_q = functools.partial(pad_rows, rows=-q_len % max(WARPGROUPS * blocks.q, blocks.backward_q))
+    pad_kv = functools.partial(
+        pad_rows, rows=-kv_len % max(blocks.kv, WARPGROUPS * blocks.backward_kv)
+    )
     operands = ByHead(
         query=pad_q(operands.query),
         key=pad_kv(operands.key),
@@ -126,12 +130,6 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
     hard = slots[:, :, : heads.hard].reshape(*weight.shape, -1).astype(jnp.float32)
     weighted = jnp.sum(weight.astype(jnp.float32)[..., None] * hard, axis=(2, 3))
     return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
-
-
-def _pad(x: Array | None, rows: int) -> Any:
-    if x is None or rows == 0:
-        return x
-    return jnp.pad(x, ((0, 0), (0, rows)) + ((0, 0),) * (x.ndim - 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

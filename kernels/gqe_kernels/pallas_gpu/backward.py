@@ -94,7 +94,7 @@ def backward(
         "gqe_backward_queries",
         jax.ShapeDtypeStruct(selected.shape, dtype),
         q_len // q_tile,
-        True,  # the last queries see the most keys
+        True,  # where causal, the last queries see the most keys
         (
             *(rows(*own), rows(*own), numbers(*own), numbers(*own)),
             *(rows(*of_keys), rows(*of_keys)),
@@ -110,7 +110,7 @@ def backward(
         "gqe_backward_keys",
         (of_read, of_read),
         kv_len // kv_tile,
-        False,  # the first keys are seen by the most queries
+        False,  # where causal, the most queries see the first keys
         (
             *(rows(*own), rows(*own)),
             *(rows(*of_queries), rows(*of_queries), numbers(*of_queries), numbers(*of_queries)),

@@ -121,7 +121,7 @@ def d_key_kernel(
                 plgpu.barrier_arrive(q_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+            if mask.hides_any or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             own_k[...] = (d_k_acc[...] * scale).astype(dtype)
             own_v[...] = d_v_acc[...].astype(dtype)

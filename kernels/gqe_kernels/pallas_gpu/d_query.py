@@ -111,7 +111,7 @@ def d_query_kernel(
                 plgpu.barrier_arrive(kv_consumed.at[slot])
 
             pl.loop(0, visit.whole)(functools.partial(step, masked=False))
-            if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+            if mask.hides_any or kv_end is not None:
                 pl.loop(visit.whole, visit.steps)(functools.partial(step, masked=True))
             return d_q_acc[...]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gqe_kernels.contract import Mask
+from gqe_kernels.contract import AnyArray, Mask
 from gqe_kernels.pallas_gpu.blocks import SLOTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.items import Items, free_slot, launch, multiprocessors, share_out
@@ -173,7 +173,7 @@ def _kernel(
         )
         pl.when(warpgroup == 1)(take_turns)
         carry = lax.fori_loop(0, visit.whole, functools.partial(step, masked=False), carry)
-        if mask.causal or mask.q_segment_ids is not None or kv_end is not None:
+        if mask.hides_any or kv_end is not None:
             masked = functools.partial(step, masked=True)
             carry = lax.fori_loop(visit.whole, visit.steps, masked, carry)
         pl.when(warpgroup == 0)(take_turns)
@@ -212,7 +212,7 @@ class Forward(NamedTuple):
 def forward(
     operands: ByHead,
     mask: Mask,
-    table: Int[Array, "batch q_tile 5"],
+    table: Int[AnyArray, "batch q_tile 5"],
     *,
     heads: Heads,
     scale: float,
@@ -236,7 +236,7 @@ def forward(
         tiles=q_len // tile_rows,
         batch=batch,
         heads=heads.number,
-        descending=True,  # the last queries see the most keys
+        descending=True,  # where causal, the last queries see the most keys
         programs=blocks.programs or multiprocessors(),
     )
 

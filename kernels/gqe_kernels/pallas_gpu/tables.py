@@ -28,7 +28,7 @@ class Visits(NamedTuple):
     whole: Any
     steps: Any
 
-    def block(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def block(self, step: Int[Array, ""] | int) -> Int[Array, ""]:
         """What a step visits."""
         other = self.first + step - self.whole
         other += jnp.where(other >= self.first_whole, self.whole, 0)

@@ -164,12 +164,12 @@ def _kernel(
         waiting: Any = None
         for head, key, value in work():
             for start in range(0, tiles.q, blocks.strip):
-                rows = slice(start, start + blocks.strip)
+                rows: Any = slice(start, start + blocks.strip)
                 logits = score(head, rows, key)
                 if waiting is not None:
-                    combine(*waiting)
-                waiting = head, rows, logits, value, kind == "diagonal"
-        combine(*waiting)
+                    combine(*waiting, first=kind == "diagonal")
+                waiting = head, rows, logits, value
+        combine(*waiting, first=kind == "diagonal")
 
     def interior():
         all_heads("interior")

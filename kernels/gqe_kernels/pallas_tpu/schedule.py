@@ -23,6 +23,7 @@ class Tiles:
     causal: bool
     segments: bool
     static_offset: int | None = None  # position of the first query, where it is known
+    is_prefill: bool = False  # nothing but causality and a known offset hides keys
 
     @classmethod
     def of(cls, q: int, kv: int, flat: Flat, mask: Mask) -> "Tiles":
@@ -39,6 +40,7 @@ class Tiles:
             causal=mask.causal,
             segments=mask.q_segment_ids is not None,
             static_offset=mask.static_offset,
+            is_prefill=mask.is_prefill,
         )
 
     @property
@@ -47,8 +49,7 @@ class Tiles:
         corner to corner, and sees all of the others: what a prefill is."""
         offset = self.static_offset
         return (
-            self.causal
-            and not self.segments
+            self.is_prefill
             and self.q == self.kv
             and offset is not None
             and offset >= 0
