@@ -55,7 +55,7 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         error ends this process at once, and the others end when its heartbeat stops.
     """
     _pass_over_libtpu_without_tpu()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
+    _quieten_orbax()
     try:
         if all_processes:
             processes.join()
@@ -73,6 +73,22 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
             f"error: {type(error).__name__}; if another process died before, its output has the "
             "cause. The same command on all goes on from the last checkpoint"
         )
+
+
+def _quieten_orbax() -> None:
+    """Hides what Orbax's threads print besides the error that its caller gets.
+
+    It warns of checkpoints without metrics. After a failed write every thread logs a traceback, and
+    TensorStore prints one for each write whose event loop has ended by then.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unless_of_a_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_of_a_closed_loop
 
 
 def _end_now(message: str) -> NoReturn:

@@ -344,7 +344,9 @@ def test_a_full_disk_is_named(corpus, tmp_path):
 
 def test_a_hangup_saves_and_a_closed_pipe_does_not_matter(corpus, tmp_path):
     config = small_config(corpus, tmp_path / "run")
-    process = start_training(config)
+    # Under nohup, and where the tests run under it, the signal is ignored.
+    restore = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+    process = start_training(config, preexec_fn=restore)
     process.stdout.close()
     while process.poll() is None and max(column(config.run_dir, "loss"), default=0) < 5:
         time.sleep(0.02)
