@@ -56,7 +56,7 @@ class RunLock:
         self._owner = _this_process() | {"token": uuid.uuid4().hex}
         self._lost = threading.Event()
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "RunLock":
         locked, error = None, None
@@ -77,18 +77,19 @@ class RunLock:
             self._release()
             raise
         if self._path is not None:
+            self._thread = threading.Thread(target=self._renew, args=(self._path,), daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._released.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
         self._release()
 
     def check(self) -> None:
         """Raises RunLockedError if another job has taken the lock over from this process."""
-        if self._path is not None and (self._lost.is_set() or not self._is_ours()):
+        if self._path is not None and (self._lost.is_set() or not self._is_ours(self._path)):
             raise RunLockedError(
                 f"run_dir {self._directory} was taken over by another job, because this one did "
                 f"not renew its lock for {self._lease:.0f} s; this job ends without saving"
@@ -167,28 +168,29 @@ class RunLock:
     def _content(self) -> bytes:
         return json.dumps(self._owner | {"renewed": time.time()}).encode()
 
-    def _is_ours(self) -> bool:
+    def _is_ours(self, path: Location) -> bool:
         """Whether the lock is this job's; True also where the directory cannot be read now."""
         try:
-            ours = _parse(_read(self._path)).get("token") == self._owner["token"]
-            return ours and self._path.name == max(_locks(self._directory).items())[1].name
+            ours = _parse(_read(path)).get("token") == self._owner["token"]
+            return ours and path.name == max(_locks(self._directory).items())[1].name
         except OSError:
             return True
 
-    def _renew(self) -> None:
+    def _renew(self, path: Location) -> None:
         while not self._released.wait(self._lease / _RENEWALS):
-            if not self._is_ours():
+            if not self._is_ours(path):
                 self._lost.set()
                 return
             with contextlib.suppress(OSError):
-                if is_remote(self._path):
-                    self._path.write_bytes(self._content())
+                if is_remote(path):
+                    path.write_bytes(self._content())
                 else:
-                    os.utime(self._path)  # needs no space on a full disk
+                    os.utime(path)  # needs no space on a full disk
 
     def _release(self) -> None:
-        if self._path is not None and not self._lost.is_set() and self._is_ours():
-            _remove(self._path)
+        path = self._path
+        if path is not None and not self._lost.is_set() and self._is_ours(path):
+            _remove(path)
 
 
 def _locks(directory: Location) -> dict[int, Location]:
@@ -222,7 +224,8 @@ def _read(path: Location) -> tuple[bytes, int] | None:
     """Content and time of change of a file; None if it is gone."""
     try:
         if is_remote(path):
-            return path.fs.cat_file(path.path), 0  # every renewal changes the content
+            content: Any = path.fs.cat_file(path.path)  # UPath's reading can use an old listing
+            return content, 0  # every renewal changes the content
         with path.open("rb") as file:  # opening a file makes a network disk look at its server
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:

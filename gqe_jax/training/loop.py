@@ -184,7 +184,7 @@ def _find_start(
             if name.startswith("optimizer.") or name in ("steps", "accumulation_steps"):
                 changed[name] = [old, new]
     rates = [
-        float(warmup_stable_decay(run.optimizer, run.steps)(step))
+        jax.device_get(warmup_stable_decay(run.optimizer, run.steps)(step)).item()
         for run, step in ((saved, start - 1), (config, start))
     ]
     if set(changed) - {"accumulation_steps"} and start < config.steps:

@@ -1,7 +1,6 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -18,8 +17,6 @@ from upath import UPath
 
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 from gqe_kernels.chips import peak_flops
-
-Stream = io.TextIOBase | TextIO  # a StringIO is no TextIO
 
 METRICS_FILE = "metrics.jsonl"
 
