@@ -20,6 +20,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gqe-jax-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# A program from that cache runs its collectives in no fixed order, each in a thread that waits for
+# the other devices': with as many threads as devices, all can wait.
+os.environ.setdefault("PJRT_NPROC", "32")
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # There is no metadata server to ask where no TPU is, and the workers of pytest-xdist each load
 # libtpu, which compiles for chips that are not here.

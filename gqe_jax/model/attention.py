@@ -131,6 +131,8 @@ class _Attention(nnx.Module):
                 raise ValueError(f"{name} has shape {array.shape}; it must be {x.shape[:2]}")
         if mask is not None:
             segment_ids = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
+        if segment_ids is not None:
+            x = jnp.where((segment_ids != 0)[:, :, None], x, 0)  # NaN at padding reaches no weight
         slots, aux, cache = self.slots(
             x,
             positions=positions,
@@ -154,7 +156,8 @@ class _Attention(nnx.Module):
         """The heads of projection `name`, normed if `qk_norm`, with RoPE."""
         config, heads = self.config, getattr(self, name)(x)
         if config.qk_norm:
-            heads = (self.key_norm if name.endswith("key") else self.query_norm)(heads)
+            norm = self.key_norm if name.endswith("key") else self.query_norm
+            heads = norm(heads).astype(heads.dtype)  # the norm's scale is float32
         return apply_rope(heads, positions, config.rope_theta, config.rope_scaling)
 
 

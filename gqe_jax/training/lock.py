@@ -137,7 +137,7 @@ class RunLock:
             if now is None:
                 return
             if now != first:
-                raise RunLockedError(self._in_use(path, now))
+                raise RunLockedError(self._in_use(path, now if _parse(now) else first))
 
     def _in_use(self, path: Location, content: tuple[bytes, int] | None) -> str:
         return (

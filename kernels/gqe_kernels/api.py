@@ -19,6 +19,7 @@ from gqe_kernels.contract import (
     check,
     default_scale,
     make_mask,
+    with_static_scale,
 )
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def routed_attention(
     shared_key: Float[Array, "batch kv_len head_dim"] | None = None,
     shared_value: Float[Array, "batch kv_len head_dim"] | None = None,
     *,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     causal: bool = True,
     q_segment_ids: Int[AnyArray, "batch q_len"] | None = None,
     kv_segment_ids: Int[AnyArray, "batch kv_len"] | None = None,
@@ -54,10 +55,11 @@ def routed_attention(
       slot_weight: the weight of each selected expert in the weighted slot; None: no such slot.
       shared_query: the query of the always-on head; None: no such slot.
       shared_key, shared_value: what the shared head attends to; None: the mean over the groups.
-      scale: the factor of the logits; None: 1 / sqrt(head_dim).
+      scale: the factor of the logits, also a traced scalar; None: 1 / sqrt(head_dim).
       causal: query t sees the keys up to position t + q_offset.
       q_segment_ids, kv_segment_ids: tokens see only their own segment. Id 0 is padding: its rows
-        are zero and get no gradient. Both or neither.
+        are zero and get no gradient, and what stands there, or after the last query, reaches no
+        other row, even if it is NaN. Both or neither.
       q_offset: the position of the first query among the keys, one or one for each row of the
         batch: chunked prefill and decoding. [batch, piece]: the queries are that many pieces of
         equal length, each at its own position, in ascending order: a part of a longer sequence.
@@ -96,7 +98,8 @@ def routed_attention(
         q_offset=q_offset,
     )
     scale = default_scale(query.shape[-1]) if scale is None else scale
-    return get_attention(implementation)(routed, mask, scale)
+    routed, factor = with_static_scale(routed, scale)
+    return get_attention(implementation)(routed, mask, factor)
 
 
 def dense_attention(
@@ -104,7 +107,7 @@ def dense_attention(
     key: Float[Array, "batch kv_len group head_dim"],
     value: Float[Array, "batch kv_len group head_dim"],
     *,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     causal: bool = True,
     q_segment_ids: Int[AnyArray, "batch q_len"] | None = None,
     kv_segment_ids: Int[AnyArray, "batch kv_len"] | None = None,
@@ -158,7 +161,8 @@ def get_attention(implementation: Implementation | None = None) -> Attention:
 
 def best_attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     """The implementation that suits the arguments and the platform that is lowered for."""
-    if routed.query.shape[1] == 1:
+    q_len, kv_len = routed.query.shape[1], routed.key.shape[1]
+    if q_len == 1 or q_len * kv_len == 0:
         return decode.attention(routed, mask, scale)
     has_gpu = any(device.platform == "gpu" for device in jax.devices())
     by_platform = {

@@ -8,6 +8,7 @@ layer before W_O: the hard slots `o[g, j]`, group-major and within a group by ra
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -60,9 +61,19 @@ class Routed:
         return self.query.shape[2] * self.top_k
 
     @property
+    def num_slots(self) -> int:
+        """Slots of a token: the hard ones, the weighted one and the shared one."""
+        weighted, shared = self.slot_weight is not None, self.shared_query is not None
+        return self.num_hard + weighted + shared
+
+    @property
     def takes_mean(self) -> bool:
         """Whether the shared head attends to the means over the groups of key and value."""
         return self.shared_query is not None and self.shared_key is None
+
+    def map_fields(self, names: tuple[str, ...], function: Callable[[Array], Any]) -> "Routed":
+        """The same operands with `function` applied to those of these names."""
+        return _mapped(self, names, function)
 
     def map_queries(self, function: Callable[[Array], Any]) -> "Routed":
         """The same operands with `function` applied to those that have a row for each query."""
@@ -219,6 +230,18 @@ def make_mask(
     return dataclasses.replace(mask, offset=offset)
 
 
+def with_static_scale(routed: Routed, scale: float | AnyArray) -> tuple[Routed, float]:
+    """The operands and a Python number as their scale; an array is multiplied into the queries."""
+    if isinstance(scale, numbers.Real | np.ndarray):
+        return routed, float(scale)
+
+    def scaled(x: Array) -> Array:
+        factor = jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))
+        return (x * factor).astype(x.dtype)
+
+    return routed.map_fields(("query", "shared_query"), scaled), 1.0
+
+
 def check(routed: Routed) -> None:
     """Checks the shapes and dtypes of the operands.
 
@@ -241,11 +264,11 @@ def check(routed: Routed) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating type")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}; "
-            "they must be one"
-        )
+    names = ("query", "key", "value", "shared_query", "shared_key", "shared_value")
+    types = {name: x.dtype for name in names if (x := getattr(routed, name)) is not None}
+    if len(set(types.values())) > 1:
+        found = ", ".join(f"{name} {dtype}" for name, dtype in types.items())
+        raise ValueError(f"the dtypes are {found}; they must be one")
     if (index := routed.expert_index) is not None:
         if index.ndim != 4 or index.shape[:3] != (batch, q_len, group):
             raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
 
 
@@ -56,6 +57,7 @@ def attend(
     return out.reshape(query.shape)
 
 
+@guarded
 def attention(
     routed: Routed, mask: Mask, scale: float, *, backend: Literal["cudnn", "xla"] = "cudnn"
 ) -> Slots:

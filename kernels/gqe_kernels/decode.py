@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
 
 
@@ -36,6 +37,7 @@ def attend(
     return reference.float32_einsum("bghts,bsgd->btghd", weights.astype(value.dtype), value)
 
 
+@guarded
 def attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     """The slots, with whole logits in memory."""
     shared_query = routed.shared_query

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gqe_kernels.contract import AnyArray, Mask, Routed, Slots, split_pieces
+from gqe_kernels.guard import guarded
 
 Heads = Float[Array, "batch q_len group head head_dim"]
 Keys = Float[Array, "batch kv_len group head_dim"]
@@ -86,7 +87,7 @@ def mean_over_groups(
       axis_names: mesh axes over which the groups are sharded, inside `shard_map`.
     """
     group, head_dim = x.shape[2:]
-    flat = x.reshape(*x.shape[:2], -1)
+    flat = x.reshape(*x.shape[:2], group * head_dim)
     heads = [flat[:, :, g * head_dim : (g + 1) * head_dim] for g in range(group)]
     heads = [head.astype(jnp.float32) for head in heads]
     mean = sum(heads[1:], start=heads[0]) / group
@@ -113,6 +114,7 @@ def shared_operands(
     return mean_over_groups(routed.key, axis_names), mean_over_groups(routed.value, axis_names)
 
 
+@guarded
 def attention(routed: Routed, mask: Mask, scale: float, *, attend: Attend = attend) -> Slots:
     """The slots, with `attend` for the attention itself."""
     if mask.pieces > 1:

@@ -14,6 +14,8 @@ from jax import lax
 
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.derivatives import without
+from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
 
 MASKED = -1e30
@@ -33,6 +35,7 @@ class _Tiling(NamedTuple):
     kv_len: int  # keys before padding
 
 
+@guarded
 def attention(
     routed: Routed, mask: Mask, scale: float, *, blocks: XlaBlocks = XlaBlocks()
 ) -> Slots:
@@ -49,8 +52,8 @@ def attend(
     blocks = XlaBlocks(min(blocks.q, q_len), min(blocks.kv, kv_len))
     pad_q = functools.partial(reference.pad_rows, rows=-q_len % blocks.q)
     pad_kv = functools.partial(reference.pad_rows, rows=-kv_len % blocks.kv)
-    out = _flash(
-        _Tiling(scale, blocks, kv_len),
+    flash = functools.partial(_flash, _Tiling(scale, blocks, kv_len))
+    out = without("forward-mode derivative", "xla", flash)(
         jnp.transpose(pad_q(query), (0, 2, 3, 1, 4)),
         jnp.transpose(pad_kv(key), (0, 2, 1, 3)),
         jnp.transpose(pad_kv(value), (0, 2, 1, 3)),
@@ -165,6 +168,11 @@ def _flash_forward(tiling, query, key, value, mask):
 
 
 def _flash_backward(tiling, residuals, d_out):
+    gradients = without("gradient of its gradient", "xla", functools.partial(_gradients, tiling))
+    return *gradients(residuals, d_out), None
+
+
+def _gradients(tiling, residuals, d_out):
     query, key, value, mask, out, logsumexp = residuals
     size = tiling.blocks
     num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
@@ -209,7 +217,7 @@ def _flash_backward(tiling, residuals, d_out):
         column_of_blocks, jnp.zeros(query.shape, jnp.float32), jnp.arange(num_kv)
     )
     d_key, d_value = (jnp.moveaxis(x, 0, 2).reshape(key.shape) for x in (d_key, d_value))
-    return d_query.astype(query.dtype), d_key, d_value, None
+    return d_query.astype(query.dtype), d_key, d_value
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

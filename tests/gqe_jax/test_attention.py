@@ -1,7 +1,5 @@
 """The layers against the float64 oracle, and through the cache."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from flax import nnx
 
 from gqe_jax import AttentionConfig, ConfigError, KVCache
 from gqe_jax.model.attention import make_attention
+from gqe_kernels import contract, get_attention
 from tests import oracle
 from tests.gqe_kernels.contract import assert_close
 
@@ -47,8 +46,11 @@ def make_layer(config, **kwargs):
 SEGMENTS = np.array([[1] * 5 + [2] * 7, [1] * 3 + [2] * 4 + [0] * 5], np.int32)
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
-@pytest.mark.parametrize(("top_k", "experts"), list(itertools.product((1, 2), (2, 4))))
+@pytest.mark.parametrize(
+    ("top_k", "experts", "segments"),
+    [(1, 2, None), (2, 2, SEGMENTS), (1, 4, SEGMENTS), (2, 4, None)],
+    ids=lambda value: value if isinstance(value, int) else "whole" if value is None else "segments",
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_equals_the_oracle(variant, top_k, experts, segments):
     check_layer(make_config(variant, top_k, experts), segments)
@@ -210,3 +212,82 @@ def test_the_wrong_variant_is_refused():
         GroupedQueryExperts(make_config("gqa"), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="GroupedQueryExperts for the routed"):
         GroupedQueryAttention(make_config("gqe"), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_stands_at_padding_reaches_nothing(variant, bad):
+    """Neither outputs, nor statistics, nor gradients change, and padding's outputs are zero."""
+    layer, _, x = make_layer(make_config(variant, shared_kv="own" if variant == "gqe" else "mean"))
+    graphdef, params = nnx.split(layer)
+    padding = SEGMENTS == 0
+
+    @jax.jit
+    def outputs_and_gradients(params, x):
+        def total(params, x):
+            y, aux, _ = nnx.merge(graphdef, params)(x, segment_ids=jnp.asarray(SEGMENTS))
+            return jnp.sum(y**2) + aux.load_balancing_loss, (y, aux)
+
+        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
+
+    clean = outputs_and_gradients(params, x)
+    dirty = outputs_and_gradients(params, x.at[padding].set(bad))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    (_, (y, _)), (_, d_x) = dirty
+    for rows in (y, d_x):
+        assert not np.asarray(rows)[padding].any()
+        assert np.asarray(rows)[~padding].all(axis=-1).all()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5, EMBED), (2, 0, EMBED)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_rows_and_no_tokens(variant, shape, cached):
+    config = make_config(variant, qk_norm=True)
+    layer, _, _ = make_layer(config)
+    cache = KVCache.create(config, shape[0], 8, jnp.float32) if cached else None
+
+    @nnx.value_and_grad(has_aux=True)
+    def total(layer, x):
+        y, aux, new = layer(x, cache=cache)
+        return jnp.sum(y) + aux.load_balancing_loss, (y, new)
+
+    (value, (y, new)), grads = total(layer, jnp.ones(shape))
+    assert y.shape == shape
+    assert value == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+    assert new is None or (new.length == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["gqe", "gqa"])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "x_dtype", "expected"),
+    [
+        (None, "bfloat16", "bfloat16", "bfloat16"),
+        (None, "bfloat16", "float32", "float32"),
+        ("bfloat16", "bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "float32", "float32", "bfloat16"),
+        ("float16", "bfloat16", "bfloat16", "float16"),
+    ],
+)
+def test_operands_have_one_dtype_with_normed_queries(
+    variant, dtype, param_dtype, x_dtype, expected
+):
+    seen = []
+
+    def attention(routed, mask, scale):
+        seen.append(routed)
+        return get_attention("reference")(routed, mask, scale)
+
+    config = make_config(variant, qk_norm=True, shared_kv="own" if variant == "gqe" else "mean")
+    layer = make_attention(
+        config,
+        dtype=None if dtype is None else jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        implementation=attention,
+        rngs=nnx.Rngs(0),
+    )
+    y, aux, _ = layer(jnp.ones((BATCH, LENGTH, EMBED), x_dtype))
+    contract.check(seen[0])
+    assert seen[0].query.dtype == y.dtype == expected
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(aux)} == {"float32"}

@@ -79,13 +79,9 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     ("mesh", "accumulation_steps", "attention"),
     [
-        ({"context": 2}, 1, {}),
         ({"context": 4}, 1, {"num_query_experts": 16, "top_k": 2, "shared_kv": "own"}),
-        ({"context": 8}, 1, {}),
         ({"context": 8}, 1, {"variant": "gqa"}),
-        ({"tensor": 2}, 1, {}),
         ({"tensor": 4}, 1, {"shared_kv": "group_0"}),
-        ({"context": 2, "tensor": 4}, 1, {}),
         ({"context": 2, "fsdp": 2, "tensor": 2}, 4, {}),
         ({"context": 4, "data": 2}, 4, {"variant": "hard_concat"}),
     ],

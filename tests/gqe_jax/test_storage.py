@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from gqe_jax.commands import parse
-from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.config import ConfigError
 from gqe_jax.data.corpus import Corpus, DataError
 from gqe_jax.data.pipeline import read_windows
 from gqe_jax.data.prepare import PrepareConfig, prepare
@@ -21,9 +21,8 @@ from gqe_jax.report.curves import draw
 from gqe_jax.runs import load_config, write_config
 from gqe_jax.storage import find, is_remote, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
-from gqe_jax.training.loop import train
-from gqe_jax.training.telemetry import METRICS_FILE, Telemetry, read_metrics
-from tests.gqe_jax.runs import make_corpus, small_config
+from gqe_jax.training.telemetry import Telemetry, read_metrics
+from tests.gqe_jax.runs import small_config
 
 
 @pytest.fixture
@@ -154,19 +153,6 @@ def test_metrics_reach_the_store_at_every_sync_and_are_taken_up_again(bucket):
     assert all(event.stat().st_size for event in events)
     for image in draw(f"{bucket}/run"):
         assert image.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_whose_paths_are_urls(bucket, tmp_path):
-    corpus = make_corpus(tmp_path)
-    for path in corpus.iterdir():
-        write_whole(location(f"{bucket}/corpus") / path.name, path.read_bytes())
-    config = small_config(f"{bucket}/corpus", f"file://{tmp_path}/run", steps=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    assert int(train(config, stream=io.StringIO()).step) == 1
-    assert load_config(config.run_dir) == config
-    with Checkpoints(config.run_dir, read_only=True) as checkpoints:
-        assert checkpoints.latest() == 1
-    assert (tmp_path / "run" / METRICS_FILE).exists()
 
 
 def test_a_configuration_in_the_store(bucket):

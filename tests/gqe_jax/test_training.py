@@ -95,10 +95,7 @@ def test_the_model_learns(on_one_device):
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [
-        (2, MeshConfig(data=2)),
-        (4, MeshConfig(data=1, tensor=4)),
         (8, MeshConfig(data=1, fsdp=8)),
-        (8, MeshConfig(data=2, fsdp=2, tensor=2)),
         (8, MeshConfig(data=1, fsdp=2, context=2, tensor=2)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else str(value.sizes),

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
+from gqe_kernels.derivatives import without
+from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
 from gqe_kernels.pallas_gpu.forward import forward
@@ -44,8 +46,6 @@ def unsupported(
         return (
             f"query: head_dim {query.shape[-1]}, where {' or '.join(map(str, DEFAULTS))} is needed"
         )
-    if query.size == 0 or routed.key.size == 0:
-        return "query, key: an array without entries"
     if not scale > 0:
         return f"scale: {scale}, where a positive number is needed"
     device = jax.devices()[0] if device is None else device
@@ -54,6 +54,7 @@ def unsupported(
     return None
 
 
+@guarded
 def attention(
     routed: Routed, mask: Mask, scale: float, *, blocks: BlockSizes | None = None
 ) -> Slots:
@@ -89,9 +90,12 @@ def attention(
     )
     mask = mask.map_queries(lambda ids: pad_q(ids.astype(jnp.int32)))
     mask = mask.map_keys(lambda ids: pad_kv(ids.astype(jnp.int32)))
-    static = _Static(heads, float(scale), (q_len, kv_len), blocks)
+    static = _Static(heads, scale, (q_len, kv_len), blocks)
     visited = tables(mask, batch, lengths=static.lengths, blocks=blocks)
-    slots = _attention(static, operands, dataclasses.replace(mask, offset=None), visited)
+    kernels = without(
+        "forward-mode derivative", "pallas_gpu", functools.partial(_attention, static)
+    )
+    slots = kernels(operands, dataclasses.replace(mask, offset=None), visited)
     return _with_weighted_slot(routed, heads, slots[:, :q_len])
 
 
@@ -139,7 +143,9 @@ def _attention(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
 
 def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
     selects = operands.expert_index is not None
-    found = forward(operands, mask, visited.forward, keep_selected=selects, **static._asdict())
+    run = functools.partial(forward, keep_selected=selects, **static._asdict())
+    run = without("derivative of its gradient", "pallas_gpu", run)
+    found = run(operands, mask, visited.forward)
     if not selects:
         found = found._replace(selected=operands.query)
     unread: Any = None  # the selected queries stand for both
@@ -148,6 +154,12 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
 
 
 def _attention_backward(static: _Static, residuals, d_slots):
+    gradients = functools.partial(_gradients, static)
+    gradients = without("derivative of its gradient", "pallas_gpu", gradients)
+    return gradients(residuals, d_slots), None, None
+
+
+def _gradients(static: _Static, residuals, d_slots):
     operands, mask, visited, found = residuals
     heads = static.heads
     delta = jnp.einsum(
@@ -174,7 +186,7 @@ def _attention_backward(static: _Static, residuals, d_slots):
     if operands.expert_index is not None:
         d_shared_query = d_query[:, :, heads.hard] if heads.shared else None
         d_query = _to_experts(d_query[:, :, : heads.hard], operands.expert_index, heads)
-    d_operands = ByHead(
+    return ByHead(
         query=d_query,
         key=sum_in_groups(d_key),
         value=sum_in_groups(d_value),
@@ -183,7 +195,6 @@ def _attention_backward(static: _Static, residuals, d_slots):
         shared_key=d_key[:, :, heads.hard] if heads.shared else None,
         shared_value=d_value[:, :, heads.hard] if heads.shared else None,
     )
-    return d_operands, None, None
 
 
 def _to_experts(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from gqe_kernels.contract import Mask, Routed, Slots
+from gqe_kernels.derivatives import without
+from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_tpu.backward import backward
 from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
 from gqe_kernels.pallas_tpu.cost import visible_pairs
@@ -30,8 +32,6 @@ def unsupported(routed: Routed, mask: Mask) -> str | None:
         return f"query: dtype {query.dtype}, where bfloat16 or float32 is needed"
     if query.shape[-1] % 64:
         return f"query: head_dim {query.shape[-1]}, where a multiple of 64 is needed"
-    if query.size == 0 or routed.key.size == 0:
-        return "query, key: an array without entries"
     if mask.pieces > 1 and q_len // mask.pieces % LANES:
         rows = q_len // mask.pieces
         return f"q_offset: pieces of {rows} queries, where a multiple of {LANES} is needed"
@@ -46,6 +46,7 @@ def _default_blocks(layout: Layout, routed: Routed, mask: Mask) -> BlockSizes | 
     return default_block_sizes(layout, *lengths, query.dtype.itemsize, pieces=mask.pieces)
 
 
+@guarded
 def attention(
     routed: Routed, mask: Mask, scale: float, *, blocks: BlockSizes | None = None
 ) -> Slots:
@@ -65,7 +66,8 @@ def attention(
     assert blocks is not None  # or the shape would be unsupported
     int32 = lambda ids: ids.astype(jnp.int32)  # noqa: E731
     mask = mask.map_queries(int32).map_keys(int32)
-    slots = _attention(_Static(layout, float(scale), blocks), flatten(layout, routed), mask)
+    kernels = functools.partial(_attention, _Static(layout, scale, blocks))
+    slots = without("forward-mode derivative", "pallas_tpu", kernels)(flatten(layout, routed), mask)
     return unflatten_slots(layout, slots, routed.query.shape[-1])
 
 
@@ -75,11 +77,18 @@ def _attention(static: _Static, flat: Flat, mask: Mask):
 
 
 def _attention_forward(static: _Static, flat: Flat, mask: Mask):
-    slots, logsumexp = forward(flat, mask, **static._asdict())
+    run = functools.partial(forward, **static._asdict())
+    slots, logsumexp = without("derivative of its gradient", "pallas_tpu", run)(flat, mask)
     return slots, (flat, mask, slots, logsumexp)
 
 
 def _attention_backward(static: _Static, residuals, d_slots):
+    gradients = functools.partial(_gradients, static)
+    gradients = without("derivative of its gradient", "pallas_tpu", gradients)
+    return gradients(residuals, d_slots), None
+
+
+def _gradients(static: _Static, residuals, d_slots):
     flat, mask, slots, logsumexp = residuals
     layout, scale, blocks = static
     tiles = Tiles.of(blocks.backward_q, blocks.backward_kv, flat, mask)
@@ -106,7 +115,7 @@ def _attention_backward(static: _Static, residuals, d_slots):
         launches=launches,
         num_q=num_q,
     )
-    d_flat = Flat(
+    return Flat(
         query=d_query,
         key=d_keys.key,
         value=d_keys.value,
@@ -116,7 +125,6 @@ def _attention_backward(static: _Static, residuals, d_slots):
         shared_key=d_keys.shared_key,
         shared_value=d_keys.shared_value,
     )
-    return d_flat, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
