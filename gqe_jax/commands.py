@@ -1,8 +1,10 @@
 """Shared by the command lines: flags from dataclasses, and errors without a traceback."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ import tyro
 
 from gqe_jax import processes
 from gqe_jax.errors import UserError
+from gqe_jax.storage import location
 
 
 def parse[Config](
@@ -29,7 +32,7 @@ def parse[Config](
     """
     given = not isinstance(default, type)
     try:
-        return tyro.cli(
+        config = tyro.cli(
             type(default) if given else default,
             default=default if given else None,
             args=list(arguments),
@@ -37,9 +40,23 @@ def parse[Config](
             description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
+        return _expand_home(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _expand_home(value: Any) -> Any:
+    """The value, with `~` expanded in its paths: a shell leaves it in `--flag=~/x`."""
+    if isinstance(value, pathlib.Path):
+        return location(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        new = {name: _expand_home(each) for name, each in old.items()}
+        return value if new == old else dataclasses.replace(value, **new)
+    if isinstance(value, tuple):
+        return tuple(map(_expand_home, value))
+    return list(map(_expand_home, value)) if isinstance(value, list) else value
 
 
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:

@@ -26,15 +26,17 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 def location(name: str | os.PathLike | UPath) -> Location:
     """Parses a path or URL: a `pathlib.Path` for local files and `file://`, else a `UPath`.
 
+    A local path that begins with `~` or `~user` begins with that home directory.
+
     Raises:
       ConfigError: no installed package implements the URL's protocol.
     """
-    if isinstance(name, Location):
+    if isinstance(name, UPath):
         return name
     text = os.fspath(name)
     protocol, separator, rest = text.partition("://")
     if not separator:
-        return pathlib.Path(text)
+        return pathlib.Path(os.path.expanduser(text))
     if protocol == "file":
         return pathlib.Path(rest)
     try:
@@ -52,12 +54,24 @@ def is_remote(path: Location) -> TypeIs[UPath]:
 
 
 def find(pattern: str) -> list[Location]:
-    """The files that match a glob pattern, sorted by name."""
-    if "://" not in pattern or pattern.startswith("file://"):
-        found = sorted(glob.glob(pattern.removeprefix("file://"), recursive=True))
+    """The files that match a glob pattern, sorted by name.
+
+    What exists under the very name, a file or the first directories of the pattern, is that file or
+    directory, also if its name has characters that mean something in a pattern.
+    """
+    named = location(pattern)
+    if not is_remote(named):
+        exists = next(filter(os.path.exists, (named, *named.parents)), None)
+        if exists is None:
+            return []
+        if exists.is_file():
+            return [named] if exists == named else []
+        rest = named.relative_to(exists).as_posix()
+        found = sorted(glob.glob(os.path.join(glob.escape(str(exists)), rest), recursive=True))
         return [path for path in map(pathlib.Path, found) if path.is_file()]
-    location(pattern)
     system, path = fsspec.core.url_to_fs(pattern)
+    if glob.has_magic(path) and system.isfile(path):
+        return [named]
     details = system.glob(path, detail=True)
     names = sorted(name for name, info in details.items() if info["type"] == "file")
     return [location(system.unstrip_protocol(name)) for name in names]

@@ -8,6 +8,8 @@ memory-mapped; from an object store the rows of a batch are fetched concurrently
 import bisect
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +17,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ from gqe_jax.storage import Location, file_sizes, is_remote, location, write_who
 MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
 SPLITS = ("train", "validation")
+PARTS = "parts"
+_DTYPES = ("<u2", "<u4")
+_OPEN_SHARDS = 64  # of each split; a process may open some hundred files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +81,116 @@ def sha256(path: Location) -> str:
 
 
 @contextlib.contextmanager
-def written_whole(directory: Location) -> Iterator[Location]:
+def written_whole(
+    directory: Location,
+    key: str | None = None,
+    keep: Callable[[Location], bool] = lambda partial: False,
+) -> Iterator[Location]:
     """Yields a temporary directory that is renamed to `directory` on success, deleted on failure.
 
-    Object stores cannot rename, so there the caller writes to `directory` itself and must write
-    last the file that marks it as complete, such as `manifest.json`.
+    Those that killed processes left for the same `directory` are deleted. Object stores cannot
+    rename, so there the caller writes to `directory` itself and must write last the file that marks
+    it as complete, such as `manifest.json`.
+
+    Args:
+      directory: the directory to make.
+      key: the same for calls that write the same; what one of them left is then yielded again. None
+        for an empty directory. In an object store the caller writes a file `PARTS/KEY` first and
+        deletes `PARTS` last.
+      keep: called after an `Exception`: whether what was written is kept for a later call.
 
     Raises:
-      DataError: `directory` already exists.
+      DataError: `directory` already exists or cannot be made, or another process writes the same.
     """
-    if directory.exists() and (not is_remote(directory) or any(directory.iterdir())):
-        raise DataError(f"output {directory} exists; name a new directory, or delete it")
-    if is_remote(directory):
-        try:
-            yield directory
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                directory.fs.rm(directory.path, recursive=True)
-            raise
-        return
-    partial = directory.with_name(f".{directory.name}.partial-{uuid.uuid4().hex[:12]}")
-    partial.mkdir(parents=True)
+    try:
+        used = directory.exists() and (not is_remote(directory) or any(directory.iterdir()))
+        if used and not (key and is_remote(directory) and (directory / PARTS / key).exists()):
+            raise DataError(f"output {directory} exists; name a new directory, or delete it")
+        if is_remote(directory):
+            partial, lock = directory, None
+        else:
+            _remove_stale(directory, key)
+            partial = directory.with_name(_partial_prefix(directory) + (key or uuid.uuid4().hex))
+            lock = _make_locked(partial)
+    except OSError as error:
+        raise DataError(f"output {directory} cannot be made ({error}); name another") from None
     try:
         yield partial
-        partial.rename(directory)
+        if not is_remote(partial):
+            _rename(partial, directory)
+    except BaseException as error:
+        if not (isinstance(error, Exception) and keep(partial)):
+            _remove(partial)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _partial_prefix(directory: pathlib.Path) -> str:
+    return f".{directory.name}.partial-"
+
+
+def _rename(partial: pathlib.Path, directory: Location) -> None:
+    try:
+        partial.rename(str(directory))
+    except OSError as error:
+        raise DataError(
+            f"output {directory} cannot be made ({error}); name a new directory, or delete it"
+        ) from None
+
+
+def _remove(directory: Location) -> None:
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        directory.fs.rm(directory.path, recursive=True)
+
+
+def _remove_stale(directory: pathlib.Path, key: str | None) -> None:
+    """Deletes temporary directories that no process holds, except that of `key`."""
+    prefix = _partial_prefix(directory)
+    siblings = directory.parent.iterdir() if directory.parent.is_dir() else ()
+    for path in siblings:
+        if path.name.startswith(prefix) and path.name != f"{prefix}{key}":
+            try:
+                lock = os.open(path, os.O_RDONLY)
+            except OSError:
+                continue
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            os.close(lock)
+
+
+def _make_locked(partial: pathlib.Path) -> int:
+    """Creates a directory if it does not exist; an open file that locks it until it is closed.
+
+    The lock ends with its process. A file system without locks gives none.
+
+    Raises:
+      DataError: another process has locked it.
+    """
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise DataError(
+                f"{partial} is being written by another process; wait for it, or name another "
+                "output"
+            ) from None
+        except OSError:
+            return lock
+        try:
+            if os.path.samestat(os.fstat(lock), partial.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # another process deleted it as stale in between
 
 
 def write_manifest(directory: Location, manifest: Manifest) -> None:
@@ -124,7 +213,9 @@ def read_manifest(directory: Location) -> Manifest:
             f"corpus {directory} has no {MANIFEST}; it must be 'stdlib' or a directory written by "
             "python -m gqe_jax.data.prepare"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); name a corpus directory") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); prepare the corpus again") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the corpus again")
@@ -132,10 +223,28 @@ def read_manifest(directory: Location) -> Manifest:
         manifest = from_dict(Manifest, content)
     except ConfigError as error:
         raise DataError(f"{path} is damaged ({error}); prepare the corpus again") from None
+    if (problem := _problem(manifest)) is not None:
+        raise DataError(f"{path} is damaged ({problem}); prepare the corpus again")
     for shard in itertools.chain(*(split.shards for split in manifest.splits.values())):
         if pathlib.PurePath(shard.file).name != shard.file:
             raise DataError(f"{path} names the shard {shard.file!r}; it must be a plain file name")
     return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What cannot be in a manifest; None if it is sound."""
+    if manifest.dtype not in _DTYPES:
+        return f"dtype is {manifest.dtype!r}; it must be one of {', '.join(_DTYPES)}"
+    limit = np.iinfo(manifest.dtype).max
+    if not 0 <= manifest.end_of_document <= limit:
+        return f"end_of_document is {manifest.end_of_document}; {manifest.dtype} cannot hold it"
+    for name, split in manifest.splits.items():
+        lengths = [shard.num_tokens for shard in split.shards]
+        if min(lengths, default=0) < 0 or sum(lengths) != split.num_tokens:
+            return f"splits.{name}.num_tokens is {split.num_tokens}; its shards' are {lengths[:8]}"
+        if not 0 <= split.max_token <= limit:
+            return f"splits.{name}.max_token is {split.max_token}; {manifest.dtype} cannot hold it"
+    return None
 
 
 class Split:
@@ -179,7 +288,8 @@ class Split:
                     f"shard {path} does not match its checksum in the manifest; copy or prepare "
                     "the corpus again"
                 )
-            self._shards.append(path.path if is_remote(path) else np.memmap(path, dtype, mode="r"))
+            self._shards.append(path.path if is_remote(path) else path)
+        self._map = functools.lru_cache(_OPEN_SHARDS)(self._open)
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in info.shards)]
 
     def __len__(self) -> int:
@@ -197,6 +307,9 @@ class Split:
         empty = np.zeros(0, np.int32)
         return [np.concatenate(row, dtype=np.int32) if row else empty for row in rows]
 
+    def _open(self, index: int) -> np.ndarray:
+        return np.memmap(self._shards[index], self._dtype, mode="r")
+
     def _pieces(self, start: int, length: int) -> list[tuple[int, int, int]]:
         """(shard number, start, stop within the shard) for each shard that the range touches."""
         stop = min(start + length, len(self))
@@ -210,7 +323,8 @@ class Split:
 
     def _read_pieces(self, pieces: list[tuple[int, int, int]]) -> list[np.ndarray]:
         if self._store is None:
-            return [self._shards[index][start:stop] for index, start, stop in pieces]
+            # A copy, so that no more shards stay open than the cache holds.
+            return [np.array(self._map(index)[start:stop]) for index, start, stop in pieces]
         paths = [self._shards[index] for index, _, _ in pieces]
         size = self._dtype.itemsize
         starts, stops = ([size * piece[i] for piece in pieces] for i in (1, 2))

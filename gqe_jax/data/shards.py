@@ -3,16 +3,26 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from gqe_jax.data.corpus import SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer
+from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, is_remote
 
 _ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
+
+
+class Document(NamedTuple):
+    """A document of a split."""
+
+    split: str
+    text: str
+    where: str
+    """Where it comes from, for messages."""
 
 
 class ShardWriter:
@@ -28,10 +38,17 @@ class ShardWriter:
         self._max_token = 0
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Appends a document of `num_bytes` UTF-8 bytes, whose last token is end-of-document."""
+        """Appends a document of `num_bytes` UTF-8 bytes, whose last token is end-of-document.
+
+        Raises:
+          DataError: a token does not fit the shards' dtype.
+        """
+        largest = int(tokens.max())
+        if largest > np.iinfo(self._dtype).max:
+            raise DataError(f"the tokenizer made the id {largest}; shards hold {self._dtype.name}")
         self._documents += 1
         self._bytes += num_bytes
-        self._max_token = max(self._max_token, int(tokens.max()))
+        self._max_token = max(self._max_token, largest)
         tokens = tokens.astype(self._dtype)
         while len(tokens):
             if self._file is None or self._room == 0:
@@ -65,29 +82,57 @@ class ShardWriter:
 def write_documents(
     directory: Location,
     name: str,
-    documents: Iterable[tuple[str, str]],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     shard_tokens: int,
+    *,
+    skip: Callable[[DataError], None] | None = None,
+    changed: Callable[[str], None] | None = None,
 ) -> dict[str, SplitInfo]:
-    """Tokenises (split, text) pairs into shards `SPLIT-NAME-NNN.bin` in `directory`."""
+    """Tokenises documents into shards `SPLIT-NAME-NNN.bin` in `directory`.
+
+    Args:
+      directory, name: where the shards go, and the middle of their names.
+      documents: the documents of all splits.
+      tokenizer: the tokenizer.
+      shard_tokens: maximum number of tokens in a shard.
+      skip: called with the error of a document that cannot be stored, which is left out; None: the
+        error is raised.
+      changed: called with the place of each document that decodes to another text.
+
+    Raises:
+      DataError: the tokens of a document contain the end-of-document token.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {
         split: ShardWriter(directory, f"{split}-{name}", dtype, shard_tokens) for split in SPLITS
     }
-    end = np.array([tokenizer.end_of_document], dtype)
+    end = np.array([tokenizer.end_of_document], np.uint32)
     for part in _parts(documents):
-        encoded = tokenizer.encode_batch([text for _, text in part])
-        for (split, text), tokens in zip(part, encoded, strict=True):
-            tokens = np.concatenate([tokens, end], dtype=dtype, casting="same_kind")
-            writers[split].add(tokens, len(text.encode()))
+        encoded = tokenizer.encode_documents([document.text for document in part])
+        decoded = tokenizer.decode_documents(encoded) if changed else [None] * len(part)
+        for document, tokens, text in zip(part, encoded, decoded, strict=True):
+            if (tokens == end).any():
+                error = DataError(
+                    f"{document.where}: the tokenizer reads a part of the text as the "
+                    f"end-of-document token, id {end[0]}; name a token that no text contains: "
+                    "--end-of-document"
+                )
+                if skip is None:
+                    raise error
+                skip(error)
+                continue
+            if changed and text != document.text:
+                changed(document.where)
+            writers[document.split].add(np.concatenate([tokens, end]), len(document.text.encode()))
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def _parts(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
     part, size = [], 0
     for document in documents:
         part.append(document)
-        size += len(document[1])
+        size += len(document.text)
         if size >= _ENCODE_BYTES:
             yield part
             part, size = [], 0

@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from gqe_jax.data.corpus import Corpus, write_manifest, written_whole
-from gqe_jax.data.shards import make_manifest, write_documents
+from gqe_jax.data.shards import Document, make_manifest, write_documents
 from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
 from gqe_jax.errors import DataError
 
@@ -47,7 +47,7 @@ def prepare_stdlib() -> pathlib.Path:
         try:
             with written_whole(directory) as partial:
                 tokenizer = ByteTokenizer()
-                texts = [(split, text) for _, split, text in documents]
+                texts = [Document(split, text, path) for path, split, text in documents]
                 splits = write_documents(partial, BYTE, texts, tokenizer, 1 << 28)
                 write_manifest(partial, make_manifest(BYTE, tokenizer, splits))
         except (DataError, OSError):

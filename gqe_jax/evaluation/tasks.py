@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import math
-import pathlib
 import statistics
 from typing import Any
 
@@ -15,6 +14,7 @@ from gqe_jax.config import ConfigError
 from gqe_jax.data import DataError
 from gqe_jax.evaluation.run import EvalConfig
 from gqe_jax.runs import restore_run
+from gqe_jax.storage import location, write_whole
 
 _BATCH_SIZE = 32
 
@@ -59,11 +59,9 @@ def evaluate_tasks(config: EvalConfig) -> str:
         }
     else:
         report = _without_samples(results[0])
-    output = config.output or pathlib.Path(config.run_dirs[0]) / "evaluation.json"
+    output = config.output or location(config.run_dirs[0]) / "evaluation.json"
     if jax.process_index() == 0:
-        partial = output.with_name(f"{output.name}.partial")
-        partial.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        partial.replace(output)
+        write_whole(output, json.dumps(report, indent=1, default=str) + "\n")
     pages = [
         f"{run_dir}\n{_table(result)}"
         for run_dir, result in zip(config.run_dirs, results, strict=True)
@@ -86,8 +84,12 @@ def load_tasks(names: list[str], include_path: str | None = None) -> tuple[Any, 
 
     for library in (huggingface_hub.__name__, "lm_eval", "datasets", "httpx"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if include_path is not None and not pathlib.Path(include_path).is_dir():
-        raise ConfigError(f"include_path is {include_path!r}; it must be a directory of YAML files")
+    if include_path is not None:
+        if not location(include_path).is_dir():
+            raise ConfigError(
+                f"include_path is {include_path!r}; it must be a directory of YAML files"
+            )
+        include_path = str(location(include_path))
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)  # slow: reads thousands of files

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 
 import fsspec
 import jax
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gqe_jax.commands import parse
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.data.corpus import Corpus, DataError
 from gqe_jax.data.pipeline import read_windows
@@ -86,6 +88,28 @@ def test_a_failed_preparation_leaves_nothing_in_the_store(bucket):
         prepare(PrepareConfig((f"{bucket}/raw/*",), f"{bucket}/corpus"), progress=False)
     assert not location(f"{bucket}/corpus").exists()
     assert len(find(f"{bucket}/raw/*")) == 2
+
+
+def test_a_preparation_in_the_store_goes_on_from_its_finished_parts(bucket):
+    texts = [f"text {i}" for i in range(50)]
+    write_parquet(f"{bucket}/raw/0.parquet", texts)
+    write_parquet(f"{bucket}/raw/1.parquet", [*texts, None])
+    config = PrepareConfig((f"{bucket}/raw/*",), f"{bucket}/corpus", processes=1)
+    config = dataclasses.replace(config, validation_fraction=0.2)
+    with pytest.raises(DataError, match=r"1\.parquet, row 51.*finished is kept"):
+        prepare(config, progress=False, task_bytes=1)
+    (part,) = find(f"{bucket}/corpus/parts/*.json")
+    begun = {path.name: path.stat().st_mtime for path in find(f"{bucket}/corpus/*-00000-*")}
+    assert (part.name, len(begun)) == ("00000.json", 2)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        Corpus.open(f"{bucket}/corpus")
+    skip = dataclasses.replace(config, on_error="skip")
+    manifest = prepare(skip, progress=False, task_bytes=1)
+    assert sum(split.num_documents for split in manifest.splits.values()) == 100
+    made = {path.name: path.stat().st_mtime for path in find(f"{bucket}/corpus/**")}
+    assert begun.items() <= made.items()
+    assert len(made) == 5
+    assert len(Corpus.open(f"{bucket}/corpus").train) > 100
 
 
 def test_a_shard_cut_short_in_the_store_is_named(bucket):
@@ -164,6 +188,47 @@ def test_what_cannot_be_reached_is_named(bucket, monkeypatch):
     monkeypatch.setattr(fsspec, "get_filesystem_class", not_installed)
     with pytest.raises(ConfigError, match=r"'gs://b/run' needs .* pip install 'gqe-jax\[gcs\]'"):
         location("gs://b/run")
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path, bucket):
+    for name in ("data[1].jsonl", "data1.jsonl", "a[b]/1.jsonl", "a[b]/2.jsonl", "ab/3.jsonl"):
+        write_whole(tmp_path / name, name)
+        write_whole(location(f"{bucket}/{name}"), name)
+
+    def found(pattern):
+        return [path.relative_to(tmp_path).as_posix() for path in find(f"{tmp_path}/{pattern}")]
+
+    assert found("data[1].jsonl") == ["data[1].jsonl"]
+    assert found("data[12].js*") == ["data1.jsonl"]
+    assert found("a[b]/*.jsonl") == ["a[b]/1.jsonl", "a[b]/2.jsonl"]
+    assert found("a[bc]/*.jsonl") == ["ab/3.jsonl"]
+    assert found("**/[23].jsonl") == ["a[b]/2.jsonl", "ab/3.jsonl"]
+    assert found("data2.jsonl") == found("ab") == found("data1.jsonl/x") == []
+    (path,) = find(f"{bucket}/data[1].jsonl")
+    assert path.read_text() == "data[1].jsonl"
+
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.txt").touch()
+    assert location("~/x") == location(pathlib.Path("~/x")) == tmp_path / "x"
+    assert find("~/*.txt") == [tmp_path / "x.txt"]
+    assert location("x~/~") == pathlib.Path("x~/~")
+
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        files: tuple[pathlib.Path, ...] = ()
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        text: str = ""
+        output: pathlib.Path | None = None
+        inner: Inner = Inner()
+
+    arguments = ["--text=~/x", "--output=~/x", "--inner.files", "~/a", "b"]
+    parsed = parse(Options, arguments, prog="test", description="")
+    files = (tmp_path / "a", pathlib.Path("b"))
+    assert parsed == Options("~/x", tmp_path / "x", Inner(files))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
