@@ -12,7 +12,7 @@ logits, or two experts' probabilities, tie within that rounding.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ConfigError, MeshConfig
-from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.data.tokenizers import Tokenizer, encode_prompt
 from gqe_jax.model.transformer import Transformer, unrolled
 from gqe_jax.sharding import RULES, OnMesh, constrain, make_mesh, shardings
 
@@ -142,7 +142,7 @@ class Generator:
         sampling: Sampling = Sampling(),
         seed: int = 0,
         rows: Sequence[int] | None = None,
-        end_of_document: int | None = None,
+        end_of_document: int | Collection[int] | None = None,
         stop: Callable[[int, int], bool] = lambda row, token: False,
     ) -> Iterator[tuple[int, int]]:
         """Continues the prompts as one batch, and yields each row's tokens as they are generated.
@@ -153,7 +153,8 @@ class Generator:
           sampling, seed: how tokens are sampled.
           rows: a number per prompt that seeds its randomness, so that a prompt of a long list gets
             the same samples in any batch; None: 0, 1, …
-          end_of_document: the token that ends a row and is not yielded; None: no such token.
+          end_of_document: the token, or the tokens, that end a row and are not yielded; None: no
+            such token.
           stop: called with the row and the token after each yield; True ends that row.
 
         Yields:
@@ -165,6 +166,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {row} is empty; give it a token, such as end_of_document")
+        ends = (end_of_document,) if isinstance(end_of_document, int) else end_of_document or ()
         shards = int(np.prod([self.mesh.shape[name] for name in RULES["batch"]]))
         batch = _round_up(len(prompts), shards)
         number = np.arange(batch) if rows is None else np.pad(rows, (0, batch - len(prompts)))
@@ -179,7 +181,7 @@ class Generator:
             tokens = np.asarray(token)
             for row in np.flatnonzero(active).tolist():
                 value = int(tokens[row])
-                if value == end_of_document:
+                if value in ends:
                     active[row] = False
                     continue
                 yield row, value
@@ -294,13 +296,15 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continues texts or token lists as one batch, and yields (row, next piece of its text).
 
-    An empty text starts a new document. The arguments are those of `Generator.stream`, except that
-    `stop` lists the strings that end a row's text; they are not part of it.
+    A text begins with BOS where the tokenizer's post-processor adds it; an empty text starts a new
+    document. A row ends with any token that ends a text. The arguments are those of
+    `Generator.stream`, except that `stop` lists the strings that end a row's text; they are not
+    part of it.
     """
 
     def encode(prompt):
-        tokens = tokenizer.encode_batch([prompt])[0] if isinstance(prompt, str) else prompt
-        return tokens if len(tokens) else [tokenizer.end_of_document]
+        tokens = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        return tokens if len(tokens) else [tokenizer.special.start]
 
     ids = [encode(prompt) for prompt in prompts]
     texts = [TextStream(tokenizer.decode, stop) for _ in prompts]
@@ -310,7 +314,7 @@ def stream_text(
         sampling=sampling,
         seed=seed,
         rows=rows,
-        end_of_document=tokenizer.end_of_document,
+        end_of_document=tokenizer.special.ends,
         stop=lambda row, token: texts[row].stopped,
     )
     for row, token in tokens:

@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gqe_jax.data.tokenizers import encode_prompt
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.runs import RestoredRun
@@ -72,16 +73,23 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document token, which also precedes a document."""
+        """The end-of-document token."""
         return self._text_tokenizer.end_of_document
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What precedes a text without context: BOS, or without one the end of a document."""
+        return self._text_tokenizer.special.start
 
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(self._run.model, self._mesh)
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Token ids without special tokens."""
-        return self._text_tokenizer.encode_batch([string])[0].tolist()
+        """Token ids, with BOS as `encode_prompt` has it; `add_special_tokens=False`: without."""
+        if add_special_tokens is False:
+            return self._text_tokenizer.encode_batch([string])[0].tolist()
+        return encode_prompt(self._text_tokenizer, string)
 
     def _loglikelihood_tokens(
         self,
@@ -128,7 +136,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop sequence; greedy unless the task samples."""
         contexts = [
-            (self.tok_encode(request.args[0]) or [self.eot_token_id])[-self.max_length :]
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-self.max_length :]
             for request in requests
         ]
         arguments: list[Any] = [request.args for request in requests]  # (context, options)

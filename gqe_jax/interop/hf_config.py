@@ -118,14 +118,8 @@ def _rope(values: dict[str, Any], max_positions: int) -> tuple[float, RopeScalin
     raise WeightsError(f"rope_scaling is of type {kind!r}; it must be default, linear or llama3")
 
 
-def from_model_config(
-    config: ModelConfig,
-    *,
-    max_positions: int,
-    dtype: Dtype,
-    end_of_document: int | None,
-) -> dict[str, Any]:
-    """The fields of config.json: Qwen3 if the model has QK-norm, else Llama.
+def from_model_config(config: ModelConfig, *, dtype: Dtype) -> dict[str, Any]:
+    """The fields of config.json that follow from ours: Qwen3 if the model has QK-norm, else Llama.
 
     The RoPE fields are those of transformers 4, which transformers 5 reads too.
 
@@ -152,7 +146,6 @@ def from_model_config(
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.resolved_head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": max_positions,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": attention.rope_theta,
         "rope_scaling": _rope_scaling(attention.rope_scaling),
@@ -160,8 +153,6 @@ def from_model_config(
         "attention_bias": False,
         "initializer_range": config.embedding_init_std,
         "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": end_of_document,
     }
 
 
