@@ -59,9 +59,9 @@ def sample(
     position: Int[Array, ""],
 ) -> Int[Array, "batch"]:
     """Samples one token per row; its randomness depends only on `key`, its `row` and `position`."""
-    if sampling.temperature == 0:
+    if sampling.temperature < jnp.finfo(jnp.float32).tiny:  # 0 in float32
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -93,6 +93,7 @@ class Generator:
             raise ConfigError(f"chunk_size is {chunk_size}; it must be positive")
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
         self.chunk_size = chunk_size
+        self._vocab_size = model.config.vocab_size
         self._embed_dim = model.config.embed_dim
         self._dtype = jnp.dtype(model.config.dtype)
         trained, params = nnx.split(model)
@@ -161,11 +162,21 @@ class Generator:
           (row, token).
 
         Raises:
-          ValueError: a prompt is empty.
+          ConfigError: a prompt is empty, or has an id that the model has not.
         """
+        if len(prompts) == 0:
+            return
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {row} is empty; give it a token, such as end_of_document")
+                raise ConfigError(
+                    f"prompt {row} is empty; give it a token, such as end_of_document"
+                )
+            worst = max(prompt, key=lambda token: abs(2 * int(token) + 1 - self._vocab_size))
+            if not 0 <= worst < self._vocab_size:
+                raise ConfigError(
+                    f"prompt {row} has the token id {worst}; the model's vocabulary is 0 to "
+                    f"{self._vocab_size - 1}: use the tokenizer that it was trained with"
+                )
         ends = (end_of_document,) if isinstance(end_of_document, int) else end_of_document or ()
         shards = int(np.prod([self.mesh.shape[name] for name in RULES["batch"]]))
         batch = _round_up(len(prompts), shards)

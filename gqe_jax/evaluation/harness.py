@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gqe_jax.config import ConfigError
 from gqe_jax.data.tokenizers import encode_prompt
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.model.transformer import Transformer
@@ -140,7 +141,7 @@ class HarnessModel(TemplateLM):
             for request in requests
         ]
         arguments: list[Any] = [request.args for request in requests]  # (context, options)
-        options = [normalize_gen_kwargs(gen_kwargs) for _, gen_kwargs in arguments]
+        options = [_options(gen_kwargs) for _, gen_kwargs in arguments]
         texts = [""] * len(requests)
         by_options = sorted(range(len(requests)), key=lambda i: repr(options[i]))
         with _progress(len(requests), "generate_until") as bar:
@@ -175,11 +176,28 @@ class HarnessModel(TemplateLM):
         return global_batch(sharding, self._batch_size, mine)
 
 
-def _sampling(options: dict) -> Sampling:
+def _options(given: dict) -> dict[str, Any]:
+    """A task's `generation_kwargs` with the harness's defaults; what is null is not given.
+
+    Raises:
+      ConfigError: a value is of the wrong type.
+    """
+    try:
+        return dict(normalize_gen_kwargs({k: v for k, v in given.items() if v is not None}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs is {given!r}; correct the task: {error}") from None
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """A task's sampling; without a temperature that of `transformers`, 1."""
     if not options["do_sample"]:
         return Sampling()
-    top_k = options.get("top_k") or None
-    return Sampling(options["temperature"], top_k, options.get("top_p") or 1.0)
+    try:
+        top_k = int(options.get("top_k") or 0) or None
+        top_p = float(options.get("top_p") or 1.0)
+        return Sampling(float(options.get("temperature", 1.0)), top_k, top_p)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs has {options!r}; correct the task: {error}") from None
 
 
 def _batches(lengths: Sequence[int], batch_size: int):

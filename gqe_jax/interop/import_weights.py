@@ -70,12 +70,22 @@ def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.
         if values.get("model_type") == GQE:
             config = from_dict(ModelConfig, values.get("model"))
             config = dataclasses.replace(config, dtype=dtype)
+            for field, value in (vars(config) | vars(config.attention)).items():
+                if type(value) is int and value > hf_config.MAX_SIZE:
+                    raise WeightsError(f"{field} is {value}; it must be at most {hf_config.MAX_SIZE}")
         else:
             config = hf_config.to_model_config(values, dtype=dtype)
     except (ConfigError, WeightsError) as error:
         raise WeightsError(f"{directory / hf_config.CONFIG_FILE}: {error}") from error
+    tensors = Tensors(directory)
+    if config.num_layers > len(tensors):  # before a table of all layers is made
+        field = "num_layers" if values.get("model_type") == GQE else "num_hidden_layers"
+        raise WeightsError(
+            f"{directory / hf_config.CONFIG_FILE}: {field} is {config.num_layers}; {directory} has "
+            f"only {len(tensors)} tensors: correct it, or copy the files again"
+        )
     layout = shardings(abstract_params(config), make_mesh(SPREAD))
-    return config, read_params(config, Tensors(directory), layout)
+    return config, read_params(config, tensors, layout)
 
 
 def import_weights(config: ImportConfig) -> RunConfig:
