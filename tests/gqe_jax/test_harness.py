@@ -17,6 +17,7 @@ from gqe_jax.data import DataError
 from gqe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from gqe_jax.evaluation.run import EvalConfig
 from gqe_jax.evaluation.tasks import compare, evaluate_tasks, load_tasks
+from gqe_jax.generation import Sampling
 from gqe_jax.runs import RestoredRun
 from gqe_jax.sharding import make_mesh
 from tests.gqe_jax import special
@@ -158,6 +159,43 @@ def test_log_likelihoods_begin_with_bos_as_in_the_harness_own_model(log_probabil
     for _ in range(3):
         row.append(int(log_probabilities(row)[-1].argmax()))
     assert text == theirs.decode(row)[len("the query") :]
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True}, Sampling(1.0)),  # the default temperature of `transformers`
+        ({"do_sample": True, "temperature": None, "top_p": None}, Sampling(1.0)),
+        ({"do_sample": True, "temperature": 0.5, "top_k": 4, "top_p": 0.9}, Sampling(0.5, 4, 0.9)),
+        ({"do_sample": False, "temperature": 0.5}, Sampling()),
+        ({"temperature": 0.5, "top_k": 0}, Sampling(0.5)),
+        ({"until": None, "max_gen_toks": "8"}, Sampling()),
+    ],
+)
+def test_a_tasks_sampling_has_the_defaults_of_transformers(given, sampling):
+    from gqe_jax.evaluation.harness import _options, _sampling
+
+    assert _sampling(_options(given)) == sampling
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": "hot"},
+        {"do_sample": True, "temperature": -1},
+        {"do_sample": True, "top_k": "x"},
+        {"temperature": 1, "top_p": [1]},
+        {"until": [3]},
+        {"max_gen_toks": 0},
+        {"max_gen_toks": [1]},
+    ],
+)
+def test_a_tasks_bad_options_are_named(given):
+    from gqe_jax.evaluation.harness import _options, _sampling
+
+    with pytest.raises(ConfigError, match=r"generation_kwargs .*correct the task"):
+        _sampling(_options(given))
 
 
 CHOICES = [  # for a model that repeats the last byte of the question

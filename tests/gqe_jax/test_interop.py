@@ -299,6 +299,34 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
             read_model(directory, "float32")
 
 
+@pytest.mark.parametrize("stale", ["whole", "a shard is gone", "no JSON"])
+def test_one_file_comes_before_an_index(stale, tmp_path):
+    """The order of `transformers`: an older index, with its shards or without, does not count."""
+    config = CONFIGS["qwen3"]
+    new = random_tensors(config)
+    old = {name: array + 1 for name, array in new.items()}
+    directory = write(tmp_path / "both", config, old, shards=2)
+    save_file(new, directory / WEIGHTS_FILE)
+    if stale == "no JSON":
+        (directory / INDEX_FILE).write_text("{")
+    elif stale == "a shard is gone":
+        next(directory.glob("*-of-*")).unlink()
+    tensors = Tensors(directory)
+    for name, array in new.items():
+        np.testing.assert_array_equal(tensors.read(name), array)
+
+
+def test_an_index_whose_shards_are_gone_is_named_with_both_remedies(tmp_path):
+    config = CONFIGS["qwen3"]
+    directory = write(tmp_path / "stale", config, random_tensors(config), shards=2)
+    for shard in directory.glob("*-of-*"):
+        shard.unlink()
+    (directory / "other.safetensors").write_bytes(b"")
+    message = r"model-00001-of-00002.safetensors is missing, which .*index.json lists; copy it, or"
+    with pytest.raises(WeightsError, match=message):
+        Tensors(directory)
+
+
 def test_damaged_files_are_named(tmp_path):
     config = CONFIGS["qwen3"]
     good = write(tmp_path / "good", config, random_tensors(config), shards=2)
