@@ -154,6 +154,11 @@ def special_tokens(
         )
     end = [*named, *candidates][0]
     prefix = _prefix(tokenizer)
+    if max(prefix, default=0) > largest:
+        raise DataError(
+            f"tokenizer {path}: its post-processor adds the id {max(prefix)}; its ids end at "
+            f"{largest}: copy it again"
+        )
     bos = _known(tokenizer, [_spelling(names, "bos_token", directory)]) or prefix[:1]
     if "bos_token" not in names:
         bos = bos or ids(model, "bos_token_id", model_file)
@@ -188,8 +193,11 @@ def _prefix(tokenizer: "tokenizers.Tokenizer") -> tuple[int, ...]:
     if not tokenizer.num_special_tokens_to_add(is_pair=False):
         return ()
     for text in ("a", *tokenizer.get_vocab(with_added_tokens=True)):
-        plain = tokenizer.encode(text, add_special_tokens=False).ids
-        whole = tokenizer.encode(text).ids
+        try:
+            plain = tokenizer.encode(text, add_special_tokens=False).ids
+            whole = tokenizer.encode(text).ids
+        except Exception:  # the library's only class; this text is unknown, another may not be
+            continue
         for start in range(len(whole)) if plain else ():
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start])

@@ -1,7 +1,7 @@
 """Tokenizers: UTF-8 bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -83,6 +83,7 @@ class FileTokenizer:
     def __init__(self, path: Location, end_of_document: str | int | None = None):
         import tokenizers  # not needed for bytes
 
+        self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
@@ -92,7 +93,10 @@ class FileTokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise DataError(f"tokenizer {path} has no tokens; copy it again")
+        self.vocab_size: int = 1 + max(ids)
         """Number of ids up to the largest; a sparse vocabulary has fewer entries."""
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(
@@ -121,16 +125,24 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array of ids per text; a special token that the text spells is that token."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+        return self._encode(self._tokenizer.encode_batch, texts)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array of ids per text; a special token that the text spells is text."""
         self._tokenizer.encode_special_tokens = True
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return self._encode(self._tokenizer.encode_batch_fast, texts)
         finally:
             self._tokenizer.encode_special_tokens = False
+
+    def _encode(self, encode: Callable[..., Any], texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            encodings = encode(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library has no class of its own
+            raise DataError(
+                f"tokenizer {self._path} cannot encode a text ({error}); correct it: it needs a "
+                "token for unknown text, for example"
+            ) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:

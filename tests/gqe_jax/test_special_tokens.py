@@ -104,6 +104,24 @@ def test_fields_that_name_no_token_are_errors(files, message, tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_tokenizers_that_cannot_work_are_named(tmp_path):
+    path = special.write(tmp_path) / "tokenizer.json"
+    content = json.loads(path.read_text())
+
+    def named(message, **changes):
+        path.write_text(json.dumps(content | changes))
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(path).encode_batch(["unheard-of"])
+
+    template = json.loads(json.dumps(content["post_processor"]))
+    template["special_tokens"]["<s>"]["ids"] = [999]
+    named("post-processor adds the id 999; its ids end at 17", post_processor=template)
+    empty = content["model"] | {"vocab": {}}
+    named("has no tokens", model=empty, added_tokens=[], post_processor=None)
+    known = content["model"] | {"unk_token": "<none>"}
+    named("cannot encode a text", model=known)
+
+
 def strange(directory):
     """A tokenizer whose end of document no rule finds."""
     special.write(directory)
