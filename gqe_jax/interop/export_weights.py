@@ -73,7 +73,8 @@ def export_weights(config: ExportConfig) -> None:
     found = Run.find(config.run_dir, config.step)
     run, tokenizer = found.config, found.tokenizer_file()
     files = companions(location(config.run_dir))
-    special = _special_fields(config, found, json.loads(files.pop(IMPORTED_FILE, b"{}")))
+    kept = json.loads(files.pop(IMPORTED_FILE, b"{}"))
+    special = _special_fields(config, found, kept)
     _, params = found.load(make_mesh(SPREAD))
     if run.model.attention.variant == "gqa":
         values = hf_config.from_model_config(
@@ -82,6 +83,9 @@ def export_weights(config: ExportConfig) -> None:
         )
     else:
         values: dict[str, Any] = {"model_type": GQE, "model": to_dict(run.model)}
+        if not (config.max_position_embeddings or kept):  # ModelConfig has none
+            del special["max_position_embeddings"]
+        special = {name: value for name, value in special.items() if value is not None}
     values |= special
     with written_whole(config.output) as partial:
         (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
