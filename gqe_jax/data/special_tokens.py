@@ -160,7 +160,7 @@ def special_tokens(
             f"{largest}: copy it again"
         )
     bos = _known(tokenizer, [_spelling(names, "bos_token", directory)]) or prefix[:1]
-    if "bos_token" not in names:
+    if not names:  # else a tokenizer without `bos_token` has none, whatever the model's file says
         bos = bos or ids(model, "bos_token_id", model_file)
     return SpecialTokens(
         end_of_document=end,

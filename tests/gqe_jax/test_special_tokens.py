@@ -73,6 +73,10 @@ def test_ends_and_begins_are_those_of_the_files_beside_it(files, named, end, end
         ({"config": {"bos_token_id": BOS}}, BOS),
         # As Qwen3: the tokenizer has no BOS, whatever the model's configuration names.
         ({"config": {"bos_token_id": BOS}, "tokenizer_config": {"bos_token": None}}, EOS),
+        (
+            {"config": {"bos_token_id": BOS}, "tokenizer_config": {"eos_token": "<|im_end|>"}},
+            IM_END,
+        ),
     ],
 )
 def test_bos_that_the_post_processor_does_not_add_only_replaces_a_missing_context(
@@ -120,6 +124,26 @@ def test_tokenizers_that_cannot_work_are_named(tmp_path):
     named("has no tokens", model=empty, added_tokens=[], post_processor=None)
     known = content["model"] | {"unk_token": "<none>"}
     named("cannot encode a text", model=known)
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_transformers_agrees(bos, adds_bos, tmp_path):
+    """The optional oracle, of tokenizers that it writes and reads itself."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs Hugging Face's tokenizers: pip install transformers"
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=special.make_tokenizer(bos=adds_bos), bos_token=bos, eos_token="<|im_end|>"
+    ).save_pretrained(tmp_path)
+    transformers.LlamaConfig(bos_token_id=BOS, eos_token_id=IM_END).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    for text in TEXTS:
+        add = not text.startswith("<s>")
+        assert encode_prompt(ours, text) == theirs(text, add_special_tokens=add).input_ids
+    prefix = theirs.bos_token_id if bos else BOS if adds_bos else theirs.eos_token_id
+    assert (ours.special.start, ours.special.end_of_document) == (prefix, theirs.eos_token_id)
 
 
 def strange(directory):
