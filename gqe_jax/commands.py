@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ import tyro
 
 from gqe_jax import processes
 from gqe_jax.errors import UserError
-from gqe_jax.storage import location
+from gqe_jax.storage import explain, location
 
 
 def parse[Config](
@@ -62,22 +63,25 @@ def _expand_home(value: Any) -> Any:
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:
     """Calls `function`; a `UserError` ends the program with its message and status 1.
 
+    So does a failure of files that a user can mend, such as a full disk (`storage.explain`).
+
     Args:
       function: what the command does.
       all_processes: whether all processes of a job run it together (`processes.join`). Then any
         error ends this process at once, and the others end when its heartbeat stops.
     """
     _pass_over_libtpu_without_tpu()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of checkpoints without metrics
+    _quieten_orbax()
     try:
         if all_processes:
             processes.join()
         return function()
-    except UserError as error:
-        if not jax.distributed.is_initialized():
-            sys.exit(f"error: {error}")
-        _end_now(f"error: {error}")
     except Exception as error:
+        mendable = str(error) if isinstance(error, UserError) else explain(error)
+        if mendable is not None:
+            if not jax.distributed.is_initialized():
+                sys.exit(f"error: {mendable}")
+            _end_now(f"error: {mendable}")
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
@@ -87,9 +91,27 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         )
 
 
+def _quieten_orbax() -> None:
+    """Hides what Orbax's threads print besides the error that its caller gets.
+
+    It warns of checkpoints without metrics. After a failed write every thread logs a traceback, and
+    TensorStore prints one for each write whose event loop has ended by then.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unless_of_a_closed_loop(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = unless_of_a_closed_loop
+
+
 def _end_now(message: str) -> NoReturn:
     """Ends a process of a job without waiting for the others, which may be dead or waiting."""
     print(f"{processes.describe()}{message}", file=sys.stderr, flush=True)
+    if processes.is_first():
+        time.sleep(1)  # without this process the others end at once, before their own message
     os._exit(1)
 
 

@@ -207,11 +207,15 @@ class OptimizerConfig:
     peak_learning_rate: float = 5e-4
     """Learning rate of the stable phase."""
     final_learning_rate: float = 1e-5
-    """Learning rate at the last step."""
+    """Learning rate at the last step of the schedule."""
+    schedule_steps: int | None = None
+    """Length of the learning-rate schedule; None: the run's `steps`. After it the learning rate
+    stays at `final_learning_rate`."""
     warmup_fraction: float = 0.1
-    """Fraction of the steps with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
+    """Fraction of the schedule with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Fraction of the steps, at the end, with linear decay; the paper does not give its value."""
+    """Fraction of the schedule, at its end, with linear decay; the paper does not give its
+    value."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-7
@@ -240,6 +244,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
+        if self.schedule_steps is not None:
+            _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         fits = self.warmup_fraction + self.decay_fraction <= 1
@@ -325,6 +331,10 @@ class RunConfig:
     """Run directory of a teacher, from which this model is distilled."""
     run_dir: str = "runs/default"
     """Directory of config.json, checkpoints, metrics and the report; an existing run is resumed."""
+    resume_step: int | None = None
+    """Step of a saved checkpoint from which the run restarts, with other values of `optimizer` if
+    given; later checkpoints and metrics are deleted. The same command, started again, resumes the
+    restarted run. None: the latest."""
     steps: int = 28610
     """Total number of optimizer steps."""
     batch_size: int = 512
@@ -353,7 +363,10 @@ class RunConfig:
         _check(self, "run_dir", bool(self.run_dir), "name a directory")
         _check_positive(self, "steps", "batch_size", "sequence_length", "accumulation_steps")
         _check_positive(self, "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
-        _check_not_negative(self, "seed")
+        fits = 0 <= self.seed < 2**63
+        _check(self, "seed", fits, "it must be between 0 and 2**63 - 1")
+        if self.resume_step is not None:
+            _check_not_negative(self, "resume_step")
         check_kernel(self)
         if self.eval_batches is not None and self.eval_batches <= 0:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Conversion of configurations to and from JSON dictionaries, and their comparison."""
 
 import dataclasses
+import os
 import types
 import typing
 from typing import Any, Literal, get_args
@@ -8,8 +9,10 @@ from typing import Any, Literal, get_args
 from gqe_jax.config import ConfigError, RunConfig
 
 # Fields that may change when a run resumes: those on which the past steps do not depend. After a
-# change of `steps` the run continues on the schedule of the new length.
-RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches")
+# change of `steps` the run continues on the schedule of the new length. The fingerprint of the
+# corpus is compared, not where it lies.
+RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches", "resume_step")
+RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
 RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
@@ -68,13 +71,30 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
 
 def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The fields, with both values, whose difference prevents resuming `theirs` as `ours`."""
+    prefixes = tuple(f"{name}." for name in RESUMABLE)
+    return {
+        name: values
+        for name, values in changes(ours, theirs).items()
+        if name not in RESUMABLE and not name.startswith(prefixes)
+    }
 
+
+def changes(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields, with both values, that differ; two ways to write one value do not."""
+    left, right = _flat(ours), _flat(theirs)
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
     def flatten(values, path=""):
         for name, value in values.items():
-            if isinstance(value, dict) and f"{path}{name}" not in RESUMABLE:
+            if isinstance(value, dict):
                 yield from flatten(value, f"{path}{name}.")
-            elif f"{path}{name}" not in RESUMABLE:
+            else:
                 yield f"{path}{name}", value
 
-    left, right = dict(flatten(to_dict(ours))), dict(flatten(to_dict(theirs)))
-    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+    flat = dict(flatten(to_dict(config)))
+    flat["model.attention.head_dim"] = config.model.attention.resolved_head_dim
+    if config.teacher is not None and "://" not in config.teacher:
+        flat["teacher"] = os.path.realpath(config.teacher)
+    return flat

@@ -1,9 +1,14 @@
 """The processes of one job: initialisation, and values on which all processes agree."""
 
+import contextlib
 import glob
 import json
 import os
-from collections.abc import Callable
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +21,9 @@ from gqe_jax.config import ConfigError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT_SECONDS = 30
 """After this long without a heartbeat a process counts as dead, and the others exit."""
+JOIN_SECONDS = 300
+"""The processes of a job wait for each other for so long at the start."""
+_REPORT_SECONDS = 30
 _LAUNCHER_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -24,20 +32,26 @@ def has_tpu() -> bool:
     return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"))
 
 
-def join() -> None:
+def join(seconds: int = JOIN_SECONDS) -> None:
     """Initialises `jax.distributed` if the job has several processes; call before other JAX calls.
 
     On TPU pods, on GKE, and under Slurm and Open MPI, JAX detects the processes. Elsewhere three
     environment variables define them: JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. An empty variable counts as not set.
+
+    Args:
+      seconds: how long to wait for the other processes.
 
     Raises:
       ConfigError: a variable is missing or invalid, or the processes cannot be joined.
     """
     if jax.distributed.is_initialized():
         return
+    for name in (ADDRESS, COUNT, INDEX, *_LAUNCHER_COUNTS):
+        if not os.environ.get(name, "set").strip():
+            del os.environ[name]  # JAX reads them too
     named = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
-    launched = any(int(os.environ.get(name, 1)) > 1 for name in _LAUNCHER_COUNTS)
+    launched = max(map(_launcher_count, _LAUNCHER_COUNTS)) > 1
     on_tpu = has_tpu() and "tpu" in (jax.config.jax_platforms or "tpu")
     if not (named or launched or on_tpu):
         return
@@ -45,18 +59,79 @@ def join() -> None:
         _check_complete(named)
     # JAX's SIGTERM handler would replace ours, which also serves single-process runs.
     jax.config.update("jax_enable_preemption_service", False)
+    address = named.get(ADDRESS)
+    where = f" at {ADDRESS} {address}" if address else ""
+    deadline = time.monotonic() + seconds
+    if address and int(named.get(INDEX, 0)):
+        _wait_for_coordinator(address, seconds)
     try:
-        jax.distributed.initialize(
-            coordinator_address=named.get(ADDRESS),
-            num_processes=int(named[COUNT]) if COUNT in named else None,
-            process_id=int(named[INDEX]) if INDEX in named else None,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
-        )
-    except ValueError as error:
+        with _reporting(f"waiting for the job's other processes{where}", seconds):
+            jax.distributed.initialize(
+                coordinator_address=address,
+                num_processes=int(named[COUNT]) if COUNT in named else None,
+                process_id=int(named[INDEX]) if INDEX in named else None,
+                initialization_timeout=max(round(deadline - time.monotonic()), 1),
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+            )
+    except (ValueError, RuntimeError) as error:
         if named or launched:
-            raise ConfigError(f"the job's processes cannot be joined ({error})") from None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ConfigError(
+                f"the job's processes cannot be joined{where} within {seconds} s ({reason}); start "
+                "all of them, with the same address"
+            ) from None
+        if isinstance(error, RuntimeError):
+            raise
         # otherwise: a single machine with TPUs that are not part of a pod
+
+
+def _launcher_count(name: str) -> int:
+    value = os.environ.get(name, "1")
+    if not value.isdecimal():
+        raise ConfigError(f"{name} is {value!r}; launchers set it to a number: correct or unset it")
+    return int(value)
+
+
+def _wait_for_coordinator(address: str, seconds: float) -> None:
+    """Waits until something listens at the address of process 0.
+
+    Raises:
+      ConfigError: nothing did in time; names the address and the reason.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    with _reporting(f"waiting for process 0 at {ADDRESS} {address}", seconds):
+        while True:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                return
+            except (OSError, OverflowError) as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{ADDRESS} is {address!r}; nothing answered there within {seconds} s "
+                        f"({error}): start process 0 on that host, or correct the address"
+                    ) from None
+            time.sleep(min(1.0, seconds / 10))
+
+
+@contextlib.contextmanager
+def _reporting(text: str, seconds: float) -> Iterator[None]:
+    """Prints what this process waits for, now and again."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(_REPORT_SECONDS):
+            waited = time.monotonic() - begun
+            print(f"{text}: {waited:.0f} of {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _check_complete(named: dict[str, str]) -> None:
@@ -94,6 +169,14 @@ def from_first(value: Any) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
     mine = content if is_first() else np.zeros(size, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
+
+
+def gather(flag: bool) -> list[bool]:
+    """The flags of all processes, in the order of their numbers."""
+    if jax.process_count() == 1:
+        return [flag]
+    flags = multihost_utils.process_allgather(np.array([flag], np.int32))
+    return [bool(value) for value in np.ravel(flags)]
 
 
 class Vote:

@@ -5,6 +5,7 @@ a run appends to are therefore written on a local disk and copied whole.
 """
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -21,6 +22,24 @@ Location = pathlib.Path | UPath
 """A path on a local disk, or in an object store."""
 
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
+# Failures of files that a user can mend, and what to do.
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space in the quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EACCES: "name a directory that this user can read and write",
+    errno.EPERM: "name a directory that this user can read and write",
+    errno.EROFS: "name a directory on a disk that can be written",
+    errno.ENOTDIR: "a part of that path is a file; name a directory",
+    errno.EISDIR: "name a file, not a directory",
+    errno.EEXIST: "it exists already; name another path",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ESTALE: "mount that disk again",
+    errno.EIO: "the disk or its connection failed",
+}
+_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 def location(name: str | os.PathLike | UPath) -> Location:
@@ -46,6 +65,27 @@ def location(name: str | os.PathLike | UPath) -> Location:
         remedy = f"pip install 'gqe-jax[{extra}]'" if extra else str(error)
         raise ConfigError(f"{text!r} needs a missing package: {remedy}") from error
     return UPath(text)
+
+
+def explain(error: BaseException) -> str | None:
+    """A line on a failure of files or disks that a user can mend; None for another error.
+
+    It also finds failures that a library wraps, by the cause or by the system's words for them.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
+            named = f"{cause.filename}: " if cause.filename else ""
+            return f"{named}{os.strerror(cause.errno)}; {_REMEDIES[cause.errno]}"
+        cause = cause.__cause__
+    for cause in seen:
+        for number in _IN_WORDS:
+            for line in str(cause).splitlines():
+                if os.strerror(number) in line:
+                    return f"{line.strip()[:300]}; {_REMEDIES[number]}"
+    return None
 
 
 def is_remote(path: Location) -> TypeIs[UPath]:

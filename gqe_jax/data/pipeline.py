@@ -86,6 +86,14 @@ def training_batches(
     return _ahead(grain.MapDataset.range(start, stop).map(batch), config)
 
 
+def held_out_tokens(
+    split: Split, batch_size: int, sequence_length: int, limit: int | None = None
+) -> int:
+    """The number of tokens that `evaluation_batches` predicts."""
+    tokens = max(len(split) - 1, 0)
+    return tokens if limit is None else min(tokens, limit * batch_size * sequence_length)
+
+
 def evaluation_batches(
     split: Split,
     config: DataConfig,

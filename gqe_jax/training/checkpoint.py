@@ -1,27 +1,84 @@
 """Checkpoints of a run, written by Orbax: asynchronous and atomic; the latest and best are kept."""
 
+import contextlib
+import json
+import math
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    LatestN,
+    PreservationPolicy,
+)
 from upath import UPath
 
+from gqe_jax import processes
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
 from gqe_jax.errors import UserError
-from gqe_jax.storage import is_remote, location
+from gqe_jax.storage import explain, is_remote, location, write_whole
+from gqe_jax.training.integrity import measure
 from gqe_jax.training.state import TrainState
 
 DIRECTORY = "checkpoints"
-_METRIC = "eval_loss"
+LOSS, TOKENS = "eval_loss", "eval_tokens"
+"""Metrics of a checkpoint: the held-out loss, and the number of tokens that it was measured on."""
+_STATE_SHAPES = ("optimizer.zclip_warmup_steps",)
+"""Fields that shape the optimizer's state."""
+Score = Mapping[str, float]
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be read."""
+    """A checkpoint cannot be read or written."""
+
+
+class NonFiniteStateError(UserError, RuntimeError):
+    """The state has NaN or infinity and is not saved."""
+
+
+def best_step(scores: Mapping[int, Score | None]) -> int | None:
+    """The step with the lowest loss, the latest of equals; None if none was scored.
+
+    Losses of different numbers of held-out tokens are not comparable: only those of the text that
+    was scored last count.
+    """
+    scored = {step: score for step, score in scores.items() if score is not None}
+    if not scored:
+        return None
+    text = scored[max(scored)].get(TOKENS)
+    same = {step: score[LOSS] for step, score in scored.items() if score.get(TOKENS) == text}
+    return min(same, key=lambda step: (same[step], -step))
+
+
+class _KeepBest(PreservationPolicy):
+    """Keeps the checkpoint of `best_step`."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        best = best_step({info.step: _score(info.metrics) for info in checkpoints})
+        return [info.step == best for info in checkpoints]
+
+
+def _score(metrics: Any) -> Score | None:
+    """The metrics of a checkpoint, or None where they are missing or damaged."""
+    loss = metrics.get(LOSS) if isinstance(metrics, dict) else None
+    return metrics if isinstance(loss, float | int) and math.isfinite(loss) else None
+
+
+class _Manager(ocp.CheckpointManager):
+    """A manager for which a checkpoint with damaged metrics was not evaluated."""
+
+    def metrics(self, step: int) -> Any:
+        try:
+            return _score(super().metrics(step))
+        except ValueError:
+            return None
 
 
 def _checkpoint_directory(run_dir: str | os.PathLike | UPath) -> epath.Path:
@@ -51,35 +108,30 @@ class Checkpoints:
         self, run_dir: str | os.PathLike | UPath, *, keep: int = 3, read_only: bool = False
     ):
         self.directory = _checkpoint_directory(run_dir)
-        loss_of = lambda metrics: metrics[_METRIC]  # noqa: E731
-        best = BestN(
-            get_metric_fn=loss_of,
-            reverse=True,  # Orbax sorts by the metric and keeps the last
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-            best_fn=loss_of,  # without it, Orbax writes no metrics for the policy to read
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), _KeepBest()]),
+            best_fn=lambda metrics: metrics[LOSS],  # without it, Orbax writes no metrics
             best_mode="min",
             enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,  # those of killed saves
         )
         if read_only and not self.directory.is_dir():
             raise CheckpointError(
                 f"{self.directory.parent} has no {DIRECTORY}; name the run directory of train.py"
             )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=("params", "training", "run"),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "training": ocp.StandardCheckpointHandler(),
-                "run": ocp.JsonCheckpointHandler(),
-            },
-            options=options,
-        )
+        with self._writing():
+            self._manager = _Manager(
+                self.directory,
+                item_names=("params", "training", "run"),
+                item_handlers={
+                    "params": ocp.StandardCheckpointHandler(),
+                    "training": ocp.StandardCheckpointHandler(),
+                    "run": ocp.JsonCheckpointHandler(),
+                },
+                options=options,
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -88,7 +140,21 @@ class Checkpoints:
         # Closing waits until every process has written. After an error in a job of several, another
         # process may be dead, and closing would never return.
         if error is None or jax.process_count() == 1:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names a disk that is full or cannot be written, in place of Orbax's errors."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, UserError) or (reason := explain(error)) is None:
+                raise
+            raise CheckpointError(
+                f"a checkpoint in {self.directory} cannot be written ({reason}). Earlier "
+                "checkpoints are whole: then the same command goes on from the last one"
+            ) from error
 
     def latest(self) -> int | None:
         """The last saved step; None if there is none."""
@@ -96,10 +162,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The saved step with the lowest held-out loss; None if none was evaluated."""
-        return self._manager.best_step()
+        return best_step(self._scores())
+
+    def _scores(self) -> dict[int, Score | None]:
+        return {step: self._manager.metrics(step) for step in self._manager.all_steps()}
 
     def save(
-        self, state: TrainState, config: RunConfig, fingerprint: str, eval_loss: float | None
+        self,
+        state: TrainState,
+        config: RunConfig,
+        fingerprint: str,
+        eval_loss: float | None,
+        eval_tokens: int | None = None,
     ) -> int:
         """Starts an asynchronous write and returns the step; the arrays may be donated thereafter.
 
@@ -108,38 +182,84 @@ class Checkpoints:
           config: the run's configuration.
           fingerprint: the corpus's fingerprint.
           eval_loss: held-out loss of these parameters, if they were evaluated.
+          eval_tokens: number of tokens that it was measured on.
+
+        Raises:
+          NonFiniteStateError: an array has NaN or infinity; nothing is written.
+          CheckpointError: this or the previous checkpoint cannot be written.
         """
         step = int(state.step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(_training(state)),
-                run=ocp.args.JsonSave({"config": to_dict(config), "corpus": fingerprint}),
-            ),
-            metrics=None if eval_loss is None else {_METRIC: eval_loss},
-        )
+        items = {"params": state.params, "training": _training(state)}
+        checksums, not_finite = measure(items)
+        if not_finite:
+            raise NonFiniteStateError(f"{not_finite[0]} has NaN or infinity")
+        run = {"config": to_dict(config), "corpus": fingerprint, "checksums": checksums}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    run=ocp.args.JsonSave(run),
+                ),
+                metrics=None if eval_loss is None else _metrics(eval_loss, eval_tokens),
+            )
         return step
+
+    def record(self, scores: Mapping[int, tuple[float, int]]) -> None:
+        """Adds (held-out loss, number of tokens) to saved steps that lack them.
+
+        All processes of a job call it.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            saved = processes.from_first({str(k): v for k, v in self._scores().items()})
+            missing = {
+                step: _metrics(*score)
+                for step, score in scores.items()
+                if str(step) in saved and saved[str(step)] != _metrics(*score)
+            }
+            if not missing:
+                return
+            if processes.is_first():
+                for step, metrics in missing.items():
+                    path = location(os.fspath(self.directory)) / str(step) / "metrics" / "metrics"
+                    write_whole(path, json.dumps(metrics))
+            processes.from_first(True)  # the others read after process 0 has written
+            self._manager.reload()
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps; all processes of a job call it."""
+        with self._writing():
+            for later in sorted(self._manager.all_steps(), reverse=True):
+                if later > step:
+                    self._manager.delete(later)
 
     def save_weights(self, params: nnx.State, config: RunConfig) -> None:
         """Writes step 0 of a run: imported weights, without optimizer state or corpus."""
-        run = {"config": to_dict(config), "corpus": None}
-        self._manager.save(
-            0,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
-            ),
-        )
+        checksums, _ = measure({"params": params})
+        run = {"config": to_dict(config), "corpus": None, "checksums": checksums}
+        with self._writing():
+            self._manager.save(
+                0,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
+                ),
+            )
 
     def read_run(self, step: int) -> tuple[RunConfig, str | None]:
         """Reads the configuration and the corpus's fingerprint, None in one of `save_weights`."""
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
+        if not isinstance(run, dict) or not {"config", "corpus"} <= run.keys():
+            raise self._unreadable(step, "its item run has no configuration")
         return from_dict(RunConfig, run["config"]), run["corpus"]
 
-    def check_fits(self, step: int, config: RunConfig, fingerprint: str) -> None:
+    def check_fits(
+        self, step: int, config: RunConfig, fingerprint: str, *, restart: bool = False
+    ) -> None:
         """Checks that a run of `config` on this corpus can resume from the checkpoint.
 
-        A checkpoint of `save_weights` needs only the same model.
+        A checkpoint of `save_weights` needs only the same model. With `restart` the fields of
+        `optimizer` can differ, as far as the shapes of the optimizer's state allow.
 
         Raises:
           ConfigError: names the fields that differ, with both values.
@@ -154,6 +274,7 @@ class Checkpoints:
             f"{name} is {ours!r}, the checkpoint has {theirs!r}"
             for name, (ours, theirs) in differences(config, saved).items()
             if corpus is not None or name.startswith("model.")
+            if not (restart and name.startswith("optimizer.") and name not in _STATE_SHAPES)
         ]
         if corpus not in (None, fingerprint):
             fields.append(
@@ -161,9 +282,11 @@ class Checkpoints:
                 f"checkpoint was trained on {corpus}"
             )
         if fields:
+            restartable = all(field.startswith("optimizer.") for field in fields)
             raise ConfigError(
                 f"run_dir {config.run_dir} holds a run of another configuration: "
                 f"{'; '.join(fields)}; give the same values, or another run_dir"
+                + (f", or --resume-step {step} to go on with these" if restartable else "")
             )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -176,17 +299,13 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint is damaged or does not have these arrays.
         """
-        items = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            training=ocp.args.StandardRestore(_training(abstract)),
-        )
+        items = self._restore_checked(step, params=abstract.params, training=_training(abstract))
         training = items["training"]
         return TrainState(training["step"], items["params"], training["opt_state"])
 
     def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
         """Reads only the parameters after `step` steps; arguments and errors as of `restore`."""
-        return self._restore(step, params=ocp.args.StandardRestore(abstract))["params"]
+        return self._restore_checked(step, params=abstract)["params"]
 
     def resolve(self, step: int | str) -> int:
         """The number of a saved step, given by its number, `latest` or `best`.
@@ -202,21 +321,41 @@ class Checkpoints:
             raise CheckpointError(f"step is {step}; {self.directory} has {names}")
         return found
 
+    def _restore_checked(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """Reads items of arrays and compares their checksums with those that were saved."""
+        restore = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+        items = self._restore(step, **restore, run=ocp.args.JsonRestore())
+        saved = items["run"].get("checksums", {})
+        found, _ = measure({name: items[name] for name in abstract}) if saved else ({}, [])
+        for name, checksum in found.items():
+            if saved.get(name, checksum) != checksum:
+                raise self._unreadable(
+                    step, f"the bits of {name.rpartition(':')[0]} are not those that were saved"
+                )
+        return {name: items[name] for name in abstract}
+
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            earlier = [saved for saved in self._manager.all_steps() if saved < step]
-            remedy = (
-                f"delete that directory to resume from step {max(earlier)}"
-                if earlier
-                else "delete that directory to start over; there is no earlier checkpoint"
-            )
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({reason}); if it is "
-                f"damaged or of another version, {remedy}"
-            ) from error
+            raise self._unreadable(step, reason) from error
+
+    def _unreadable(self, step: int, reason: str) -> CheckpointError:
+        earlier = [saved for saved in self._manager.all_steps() if saved < step]
+        remedy = (
+            f"delete that directory to resume from step {max(earlier)}"
+            if earlier
+            else "delete that directory to start over; there is no earlier checkpoint"
+        )
+        return CheckpointError(
+            f"checkpoint {self.directory / str(step)} cannot be read ({reason}); if it is "
+            f"damaged or of another version, {remedy}"
+        )
+
+
+def _metrics(eval_loss: float, eval_tokens: int | None) -> dict[str, float]:
+    return {LOSS: eval_loss} | ({} if eval_tokens is None else {TOKENS: eval_tokens})
 
 
 def _training(state: TrainState) -> dict[str, Any]:

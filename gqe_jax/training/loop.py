@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -16,27 +17,30 @@ from jax.sharding import Mesh
 
 from gqe_jax import processes, report
 from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.config_json import to_dict
+from gqe_jax.config_json import changes, differences, to_dict
 from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
-from gqe_jax.data.pipeline import num_windows
+from gqe_jax.data.pipeline import held_out_tokens, num_windows
 from gqe_jax.errors import UserError
 from gqe_jax.evaluation import evaluate
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
-from gqe_jax.training.checkpoint import Checkpoints
+from gqe_jax.training.checkpoint import LOSS, TOKENS, Checkpoints, NonFiniteStateError
+from gqe_jax.training.lock import RunLock
+from gqe_jax.training.optimizer import warmup_stable_decay
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
-from gqe_jax.training.telemetry import Silent, Stream, Telemetry, read_metrics
+from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
 
 
 class NonFiniteLossError(UserError, RuntimeError):
-    """The loss or the gradient became infinite or NaN."""
+    """The loss, the gradient or the state became infinite or NaN."""
 
 
 class Interrupt:
-    """True after SIGINT or SIGTERM, so that the loop can save and stop; a second signal exits.
+    """True after SIGINT, SIGTERM or SIGHUP, so that the loop saves and stops; a second exits.
 
+    SIGHUP stays ignored where it is, as under nohup.
     It stays False outside the main thread, where Python delivers no signals.
     """
 
@@ -46,7 +50,9 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -62,7 +68,7 @@ class Interrupt:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         name = self.received.name
-        print(f"{name}: saving after this step; once more to exit now", file=sys.stderr, flush=True)
+        Terminal(sys.stderr).write(f"{name}: saving after this step; once more to exit now\n")
 
 
 def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
@@ -102,7 +108,8 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
     Raises:
       ConfigError: a field does not fit the devices, or the run in the directory.
       DataError: the corpus cannot be used.
-      CheckpointError: the latest checkpoint cannot be read.
+      CheckpointError: the latest checkpoint cannot be read, or a new one not written.
+      RunLockedError: another job trains this run.
       NonFiniteLossError: the loss became infinite or NaN.
     """
     mesh = make_mesh(config.mesh)
@@ -113,11 +120,10 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
 
     with (
         Interrupt() as interrupt,
+        RunLock(config.run_dir) as lock,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        start = processes.from_first(checkpoints.latest())
-        if start is not None:
-            checkpoints.check_fits(start, config, corpus.fingerprint)
+        start, changed, config = _find_start(config, checkpoints, corpus.fingerprint)
         steps = make_steps(
             config,
             mesh,
@@ -131,14 +137,81 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
             state = layout.begin(checkpoints.restore_params(0, layout.abstract.params))
         else:
             state = checkpoints.restore(start, layout.abstract)
+        if "restarted_from" in changed:
+            checkpoints.delete_after(start)
         with _telemetry(config, mesh, start, stream) as telemetry:
             telemetry.say(_describe(config, corpus, steps, start))
+            if changed:
+                telemetry.say(_describe_changes(start, changed))
+                telemetry.changed(start, changed)
             stop = processes.Vote(mesh, lambda: bool(interrupt))
-            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop)
+            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock)
             state = loop.run(state, start)
         if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
     return state
+
+
+def _find_start(
+    config: RunConfig, checkpoints: Checkpoints, fingerprint: str
+) -> tuple[int | None, dict[str, Any], RunConfig]:
+    """Finds the checkpoint from which a run goes on, and checks that the configuration fits it.
+
+    Returns:
+      Its step, None for a new run; what changes there; and the configuration to train and save,
+      whose `resume_step` marks a run that was restarted, so that the same command does it once.
+    """
+    latest = processes.from_first(checkpoints.latest())
+    if latest is None:
+        if config.resume_step is not None:
+            raise ConfigError(
+                f"resume_step is {config.resume_step}; run_dir {config.run_dir} has no checkpoints"
+            )
+        return None, {}, config
+    saved, corpus = checkpoints.read_run(latest)
+    done = saved.resume_step == config.resume_step and not differences(config, saved)
+    if config.resume_step is None or done:
+        start = latest
+        checkpoints.check_fits(start, config, fingerprint)
+        config = dataclasses.replace(config, resume_step=saved.resume_step)
+    else:
+        start = checkpoints.resolve(config.resume_step)
+        saved, corpus = checkpoints.read_run(start)
+        checkpoints.check_fits(start, config, fingerprint, restart=True)
+    changed: dict[str, Any] = {}
+    if start and corpus is not None:
+        for name, (new, old) in changes(config, saved).items():
+            if name.startswith("optimizer.") or name in ("steps", "accumulation_steps"):
+                changed[name] = [old, new]
+    rates = [
+        jax.device_get(warmup_stable_decay(run.optimizer, run.steps)(step)).item()
+        for run, step in ((saved, start - 1), (config, start))
+    ]
+    if set(changed) - {"accumulation_steps"} and start < config.steps:
+        changed["learning_rate_change"] = rates
+    if start != latest:
+        changed["restarted_from"] = latest
+    return start, changed, config
+
+
+def _describe_changes(start: int, changed: dict[str, Any]) -> str:
+    parts = [
+        f"{name} is {values[1]}, was {values[0]}"
+        for name, values in changed.items()
+        if name not in ("learning_rate_change", "restarted_from")
+    ]
+    if "restarted_from" in changed:
+        parts.insert(0, f"restarted; the run was at step {changed['restarted_from']}")
+    if "learning_rate_change" in changed:
+        before, after = changed["learning_rate_change"]
+        parts.append(f"the learning rate goes from {before:.2e} to {after:.2e}")
+        if after > before:
+            parts.append("optimizer.schedule_steps keeps a schedule's length apart from steps")
+    if "accumulation_steps" in changed:
+        parts.append(
+            "sums are in another order, and the router's losses are means over other microbatches"
+        )
+    return f"changes at step {start}: {'; '.join(parts)}"
 
 
 def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
@@ -159,7 +232,8 @@ def _telemetry(
     """Writes the configuration and returns what writes the metrics, on the first process only."""
     if not processes.is_first():
         return contextlib.nullcontext(Silent())
-    write_config(config)
+    # The checkpoints have `resume_step`: one restart is not repeated by a later command.
+    write_config(dataclasses.replace(config, resume_step=None))
     return Telemetry(
         config.run_dir,
         start=start,
@@ -183,6 +257,11 @@ def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> st
     )
 
 
+def _is_scored(line: dict[str, Any]) -> bool:
+    loss, tokens = line.get(LOSS), line.get(TOKENS)
+    return isinstance(loss, float) and math.isfinite(loss) and isinstance(tokens, int)
+
+
 class _Loop:
     """The loop of one call of `train`; the state is passed from step to step, not held."""
 
@@ -194,15 +273,31 @@ class _Loop:
         checkpoints: Checkpoints,
         telemetry: Telemetry | Silent,
         stop: Callable[[], bool],
+        lock: RunLock,
     ):
+        self.lock = lock
         self.config, self.corpus, self.steps = config, corpus, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         # Only one host fetches the file from a bucket.
         lines = read_metrics(config.run_dir) if processes.is_first() else []
-        scored = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-        self.eval_loss: dict[int, float] = dict(processes.from_first(scored))
+        scored = [(line["step"], line[LOSS], line[TOKENS]) for line in lines if _is_scored(line)]
+        scores = {step: (loss, text) for step, loss, text in processes.from_first(scored)}
+        checkpoints.record(scores)
+        self.eval_tokens = held_out_tokens(
+            corpus.validation, config.batch_size, config.sequence_length, config.eval_batches
+        )
+        self.eval_loss = {
+            step: loss for step, (loss, text) in scores.items() if text == self.eval_tokens
+        }
+        others = sorted({text for _, text in scores.values()} - {self.eval_tokens})
+        if others and not self.eval_loss:
+            telemetry.say(
+                f"evaluations have {self.eval_tokens:,} tokens, earlier ones "
+                f"{', '.join(f'{text:,}' for text in others)}: their losses are not compared, and "
+                "the best checkpoint is chosen anew"
+            )
 
     def run(self, state: TrainState, step: int) -> TrainState:
         config = self.config
@@ -218,9 +313,10 @@ class _Loop:
         )
         while True:
             last = step == config.steps
-            best = False
+            best = unscored = False
             if last or (step and step % config.eval_every == 0):
                 best = self.evaluate(state, step)
+                unscored = step not in self.eval_loss
             due = step and step % config.checkpoint_every == 0
             stop = self.stop()
             if last or best or due or stop:
@@ -235,6 +331,11 @@ class _Loop:
             self.pending.append((step, metrics))
         if not last:
             self.telemetry.say(f"stopped at step {step}; the same command resumes from there")
+        elif unscored:
+            self.telemetry.say(
+                f"stopped at step {step}, the last, before its evaluation was done; the same "
+                "command evaluates it"
+            )
         return state
 
     def log_pending(self, keep: int = 0) -> None:
@@ -246,14 +347,14 @@ class _Loop:
             step, metrics = self.pending.popleft()
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(value := float(metrics[name])):
-                    raise NonFiniteLossError(self._non_finite(step, name, value))
+                    raise NonFiniteLossError(self._non_finite(step, f"{name} is {value}"))
             if step % self.config.log_every == 0 or step in (1, self.config.steps):
                 fetched = jax.device_get(metrics)
                 record = {k: v if v.ndim else float(v) for k, v in fetched.items()}
                 tokens = self.config.batch_size * self.config.sequence_length
                 self.telemetry.training(step, record, tokens)
 
-    def _non_finite(self, step: int, name: str, value: float) -> str:
+    def _non_finite(self, step: int, problem: str) -> str:
         config = self.config
         windows = window_indices(
             step - 1,
@@ -264,11 +365,13 @@ class _Loop:
         )
         good = self.checkpoints.latest()
         saved = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
+        lower = f"a lower optimizer.peak_learning_rate than {config.optimizer.peak_learning_rate}"
+        restart = lower if good is None else f"--resume-step {good} and {lower}"
         shown = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         return (
-            f"{name} is {value} at step {step} (batch {step - 1}: windows {shown} of the train "
+            f"{problem} at step {step} (batch {step - 1}: windows {shown} of the train "
             f"split); {saved} in {self.checkpoints.directory}. Resuming repeats the same batches: "
-            "lower optimizer.peak_learning_rate or inspect these windows"
+            f"restart with {restart}, or inspect these windows"
         )
 
     def evaluate(self, state: TrainState, step: int) -> bool:
@@ -292,7 +395,8 @@ class _Loop:
             )
             if result is None:
                 return False
-            self.eval_loss[step] = result.loss
+            if math.isfinite(result.loss):
+                self.eval_loss[step] = result.loss
             self.telemetry.evaluation(
                 step,
                 {
@@ -303,15 +407,24 @@ class _Loop:
                 },
             )
             self.telemetry.outside(time.perf_counter() - begun)
-        return self.eval_loss[step] <= min(self.eval_loss.values())
+        lowest = min(self.eval_loss.values(), default=math.nan)
+        return self.eval_loss.get(step, math.inf) <= lowest
 
     def save(self, state: TrainState, step: int) -> None:
-        """Checkpoints the state, after checking that the loss is finite."""
+        """Checkpoints the state, after checking that it and the loss are finite."""
         self.log_pending()
+        self.lock.check()
+        loss = self.eval_loss.get(step)
         if self.checkpoints.latest() == step:
+            if loss is not None:
+                self.checkpoints.record({step: (loss, self.eval_tokens)})
             return
         begun = time.perf_counter()
         self.telemetry.sync()
-        fingerprint = self.corpus.fingerprint
-        self.checkpoints.save(state, self.config, fingerprint, self.eval_loss.get(step))
+        try:
+            self.checkpoints.save(
+                state, self.config, self.corpus.fingerprint, loss, self.eval_tokens
+            )
+        except NonFiniteStateError as error:
+            raise NonFiniteLossError(self._non_finite(step, str(error))) from None
         self.telemetry.outside(time.perf_counter() - begun)

@@ -77,9 +77,17 @@ def zclip(
 
 
 def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, a plateau, and linear decay to the floor at the last step."""
-    warmup = round(config.warmup_fraction * steps)
+    """Linear warm-up from 0, a plateau, and linear decay to the floor at the last step.
+
+    It has `config.schedule_steps` steps, by default `steps`. A phase whose fraction is not 0 has at
+    least one step. If the schedule is too short for all, the warm-up goes first, then the decay:
+    two steps are the peak and the floor, a single one is the peak.
+    """
+    steps = config.schedule_steps or steps
     decay = round(config.decay_fraction * steps)
+    decay = min(max(decay, 1), steps - 1) if config.decay_fraction else 0
+    warmup = round(config.warmup_fraction * steps)
+    warmup = min(max(warmup, 1), steps - 1 - decay) if config.warmup_fraction else 0
     peak = config.peak_learning_rate
     return optax.join_schedules(
         [

@@ -1,14 +1,13 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
 
 import contextlib
-import io
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,23 +18,75 @@ from upath import UPath
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 from gqe_kernels.chips import peak_flops
 
-Stream = io.TextIOBase | TextIO  # a StringIO is no TextIO
-
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run_dir: str | os.PathLike | UPath) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, without a last line that a crash truncated."""
+    """The records of a run's `metrics.jsonl`, without lines that a crash damaged."""
     path = location(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # also of bytes that are no UTF-8
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            lines.append(record)
     return lines
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What progress is printed to: a text file."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+    def fileno(self) -> int: ...
+
+
+class Terminal:
+    """A stream for progress whose reader may go away, as in `2>&1 | head`: training goes on.
+
+    After a write fails, the stream's file descriptor leads to the null device, so that nothing else
+    that writes there fails either.
+    """
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)  # by which tqdm draws its bar
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        """Does nothing: `write` flushes."""
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = self.fileno()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
 class Silent:
@@ -74,11 +125,13 @@ class Telemetry:
         self._flops_per_token = flops_per_token
         peaks = [peak for peak in map(peak_flops, devices) if peak is not None]
         self._peak = sum(peaks) if len(peaks) == len(devices) else None
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = Terminal(sys.stderr if stream is None else stream)
         self._digits = len(str(steps))
 
     def __enter__(self) -> "Telemetry":
-        kept = [line for line in read_metrics(self._run_dir) if line["step"] <= self._start]
+        self._kept = kept = [
+            line for line in read_metrics(self._run_dir) if line["step"] <= self._start
+        ]
         self._scratch = contextlib.ExitStack()
         self._local = self._scratch.enter_context(local_scratch(self._run_dir))
         path = self._local / METRICS_FILE
@@ -147,6 +200,12 @@ class Telemetry:
             f"step {step:>{self._digits}}/{self._steps}  held-out loss {metrics['eval_loss']:.4f}, "
             f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
         )
+
+    def changed(self, step: int, record: dict[str, Any]) -> None:
+        """Records what differs from `step` on, unless it is recorded already."""
+        record = json.loads(json.dumps({"step": step, **record}))
+        if record not in self._kept:
+            self._write(record)
 
     def outside(self, seconds: float) -> None:
         """Excludes the time of an evaluation or checkpoint from the speed."""

@@ -27,7 +27,12 @@ def free_port() -> int:
 
 
 def start_job(
-    config: RunConfig, count: int, *, record: pathlib.Path | None = None, cache: pathlib.Path
+    config: RunConfig,
+    count: int,
+    *,
+    record: pathlib.Path | None = None,
+    launcher: tuple[str, ...] = ("train.py",),
+    cache: pathlib.Path,
 ) -> list[subprocess.Popen]:
     """`train.py` on `count` processes of one device each.
 
@@ -35,9 +40,11 @@ def start_job(
       config: the run.
       count: of processes.
       record: directory for the checksums of the rows that they train on, `read_rows`.
+      launcher: what Python starts in place of `train.py`; not with `record`.
       cache: directory of compiled programs.
     """
-    launcher = ("train.py",) if record is None else ("-m", "tests.gqe_jax.recorded", str(record))
+    if record is not None:
+        launcher = ("-m", "tests.gqe_jax.recorded", str(record))
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

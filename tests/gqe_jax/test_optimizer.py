@@ -75,10 +75,42 @@ def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
     assert rates[99] == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_schedule_of_a_very_short_run_is_finite(steps):
-    schedule = warmup_stable_decay(OptimizerConfig(), steps)
-    assert all(np.isfinite(float(schedule(step))) for step in range(steps))
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (1, ["peak"]),
+        (2, ["peak", "floor"]),
+        (3, [0.0, "peak", "floor"]),
+        (4, [0.0, "peak", "peak", "floor"]),
+        (5, [0.0, "peak", "peak", "peak", "floor"]),
+        (10, [0.0, *["peak"] * 7, "half", "floor"]),
+    ],
+)
+def test_a_short_schedule_has_its_warmup_peak_and_floor(steps, expected):
+    config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
+    rates = {"peak": 3e-3, "half": 2e-3, "floor": 1e-3}
+    schedule = warmup_stable_decay(config, steps)
+    found = [float(schedule(step)) for step in range(steps)]
+    assert found == pytest.approx([rates.get(name, name) for name in expected])
+
+
+@pytest.mark.parametrize("steps", range(3, 11))
+def test_every_schedule_from_three_steps_on_has_all_phases(steps):
+    config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
+    rates = [float(warmup_stable_decay(config, steps)(step)) for step in range(steps)]
+    assert rates[0] == 0.0
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates[-1] == pytest.approx(1e-3)
+
+
+def test_the_schedule_has_a_length_of_its_own():
+    config = OptimizerConfig(schedule_steps=20)
+    alone, longer = (
+        warmup_stable_decay(OptimizerConfig(), 20),
+        warmup_stable_decay(config, 100),
+    )
+    assert [float(longer(step)) for step in range(20)] == [float(alone(step)) for step in range(20)]
+    np.testing.assert_allclose([longer(step) for step in range(20, 100)], 1e-5, rtol=1e-5)
 
 
 def test_adamw_follows_its_formula():

@@ -14,7 +14,7 @@ from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.sharding import make_mesh
 from gqe_jax.training.loop import train
 from gqe_jax.training.telemetry import read_metrics
-from tests.gqe_jax.jobs import due_rows, finish, kill_one, reach, read_rows, start_job
+from tests.gqe_jax.jobs import due_rows, finish, free_port, kill_one, reach, read_rows, start_job
 from tests.gqe_jax.kills import SECONDS_TO_END, run_kills, whole_checkpoints
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 
@@ -155,6 +155,7 @@ def test_three_kills_of_two_processes_leave_no_trace(corpus, alone, tmp_path):
         ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES is '0'; it must be a positive"),
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is '4'; it must be from 0 to 3"),
         ({"JAX_COORDINATOR_ADDRESS": "host"}, "it must be HOST:PORT of process 0"),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS is 'two'; launchers set it"),
     ],
 )
 def test_what_is_wrong_with_the_variables_is_named(monkeypatch, variables, message):
@@ -170,6 +171,26 @@ def test_what_is_wrong_with_the_variables_is_named(monkeypatch, variables, messa
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         processes.join()
+
+
+def test_variables_that_are_empty_are_not_set(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", " ")
+    processes.join()
+    assert jax.process_count() == 1
+
+
+@pytest.mark.parametrize("host", ["localhost", "host.invalid"])
+def test_a_coordinator_that_cannot_be_reached_is_named(monkeypatch, host):
+    address = f"{host}:{free_port()}"
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    message = f"JAX_COORDINATOR_ADDRESS is '{address}'; nothing answered there within 1 s"
+    with pytest.raises(ConfigError, match=message):
+        processes.join(seconds=1)
 
 
 def test_one_process_joins_nothing_and_gets_its_wish_at_once():
