@@ -33,6 +33,9 @@ class GenerateConfig:
     """Which checkpoint; `best` is the one with the lowest held-out loss in training."""
     tokenizer: str | None = None
     """`byte` or a tokenizer.json; None: the run's."""
+    end_of_document: str | None = None
+    """Token that ends a text; None: the tokens that end the run's documents, or that the imported
+    model ends texts with."""
     chunk_size: int = 256
     """Tokens of each prompt that a step of the prefill computes."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -48,7 +51,11 @@ class GenerateConfig:
 def generate(config: GenerateConfig) -> None:
     """Loads the run's model and prints each prompt with its continuation."""
     run = restore_run(
-        config.run_dir, step=config.step, mesh=config.mesh.named, tokenizer=config.tokenizer
+        config.run_dir,
+        step=config.step,
+        mesh=config.mesh.named,
+        tokenizer=config.tokenizer,
+        end_of_document=config.end_of_document,
     )
     pieces = stream_text(
         Generator(run.model, run.mesh, chunk_size=config.chunk_size),

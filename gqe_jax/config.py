@@ -28,7 +28,7 @@ def _check(config: Any, field: str, is_right: bool, remedy: str) -> None:
 
 def _check_positive(config: Any, *fields: str) -> None:
     for field in fields:
-        _check(config, field, getattr(config, field) > 0, "it must be positive")
+        _check(config, field, 0 < getattr(config, field) < math.inf, "it must be positive")
 
 
 def _check_not_negative(config: Any, *fields: str) -> None:

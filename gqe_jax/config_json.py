@@ -59,7 +59,10 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     allowed = arguments if origin in (types.UnionType, typing.Union) else (origin or hint,)
     allowed = tuple(str if typing.get_origin(kind) is Literal else kind for kind in allowed)
     if float in allowed and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path} is {value!r}; it must be a finite number") from None
     if type(value) not in allowed:
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
         raise ConfigError(f"{path} is {value!r}; it must be of type {names}")

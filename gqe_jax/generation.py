@@ -12,7 +12,8 @@ logits, or two experts' probabilities, tie within that rounding.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ConfigError, MeshConfig
-from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.data.tokenizers import Tokenizer, encode_prompt
 from gqe_jax.model.transformer import Transformer, unrolled
 from gqe_jax.sharding import RULES, OnMesh, constrain, make_mesh, shardings
 
 _CAPACITY_STEP = 128  # cache capacities are multiples of it, so that few shapes are compiled
 _SHORTEST_CHUNK = 16
+_SURROGATES = 0xD800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,9 @@ def sample(
     position: Int[Array, ""],
 ) -> Int[Array, "batch"]:
     """Samples one token per row; its randomness depends only on `key`, its `row` and `position`."""
-    if sampling.temperature == 0:
+    if sampling.temperature < jnp.finfo(jnp.float32).tiny:  # 0 in float32
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -93,6 +95,7 @@ class Generator:
             raise ConfigError(f"chunk_size is {chunk_size}; it must be positive")
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
         self.chunk_size = chunk_size
+        self._vocab_size = model.config.vocab_size
         self._embed_dim = model.config.embed_dim
         self._dtype = jnp.dtype(model.config.dtype)
         trained, params = nnx.split(model)
@@ -142,7 +145,7 @@ class Generator:
         sampling: Sampling = Sampling(),
         seed: int = 0,
         rows: Sequence[int] | None = None,
-        end_of_document: int | None = None,
+        end_of_document: int | Collection[int] | None = None,
         stop: Callable[[int, int], bool] = lambda row, token: False,
     ) -> Iterator[tuple[int, int]]:
         """Continues the prompts as one batch, and yields each row's tokens as they are generated.
@@ -153,18 +156,30 @@ class Generator:
           sampling, seed: how tokens are sampled.
           rows: a number per prompt that seeds its randomness, so that a prompt of a long list gets
             the same samples in any batch; None: 0, 1, …
-          end_of_document: the token that ends a row and is not yielded; None: no such token.
+          end_of_document: the token, or the tokens, that end a row and are not yielded; None: no
+            such token.
           stop: called with the row and the token after each yield; True ends that row.
 
         Yields:
           (row, token).
 
         Raises:
-          ValueError: a prompt is empty.
+          ConfigError: a prompt is empty, or has an id that the model has not.
         """
+        if len(prompts) == 0:
+            return
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {row} is empty; give it a token, such as end_of_document")
+                raise ConfigError(
+                    f"prompt {row} is empty; give it a token, such as end_of_document"
+                )
+            unknown = [token for token in prompt if not 0 <= token < self._vocab_size]
+            if unknown:
+                raise ConfigError(
+                    f"prompt {row} has the token id {unknown[0]}; the model has the ids 0 to "
+                    f"{self._vocab_size - 1}: use the tokenizer that it was trained with"
+                )
+        ends = (end_of_document,) if isinstance(end_of_document, int) else end_of_document or ()
         shards = int(np.prod([self.mesh.shape[name] for name in RULES["batch"]]))
         batch = _round_up(len(prompts), shards)
         number = np.arange(batch) if rows is None else np.pad(rows, (0, batch - len(prompts)))
@@ -179,7 +194,7 @@ class Generator:
             tokens = np.asarray(token)
             for row in np.flatnonzero(active).tolist():
                 value = int(tokens[row])
-                if value == end_of_document:
+                if value in ends:
                     active[row] = False
                     continue
                 yield row, value
@@ -215,11 +230,14 @@ class TextStream:
 
     Holds back the bytes of an incomplete character, and text that may be the beginning of a stop
     sequence. Tokens are decoded together with those before them, since some decoders treat the
-    first token differently.
+    first token differently: drop the space before it, for example.
 
     Args:
       decode: maps tokens to text, with U+FFFD for incomplete characters.
-      stop: sequences that end the text; they are not part of it.
+      stop: sequences that end the text; they are not part of it. They may contain special tokens,
+        which `decode` drops.
+      prompt: the tokens before the row's; their text is not returned.
+      special: the texts of the special tokens, by id.
 
     >>> text = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stop=["\\n\\n"])
     >>> [text.push(token) for token in "né\\n\\nx".encode()]
@@ -228,14 +246,28 @@ class TextStream:
     True
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        *,
+        prompt: Sequence[int] = (),
+        special: Mapping[int, str] = types.MappingProxyType({}),
+    ):
         if "" in stop:
             raise ConfigError("stop is ''; a stop sequence must have at least one character")
         self._decode = decode
-        self._stop = tuple(stop)
-        self._tokens: list[int] = []  # the tokens that are decoded together
-        self._settled = 0  # how many of them are settled
-        self._known = ""  # the text of the settled tokens
+        # The special tokens of stop sequences are lone surrogates here, which no text contains.
+        named = [token for token, text in special.items() if any(text in s for s in stop)]
+        self._marks = {token: chr(_SURROGATES + i) for i, token in enumerate(named)}
+        marked = list(stop)
+        for token in sorted(named, key=lambda token: -len(special[token])):
+            marked = [s.replace(special[token], self._marks[token]) for s in marked]
+        self._stop = tuple(dict.fromkeys([*stop, *marked]))
+        self._unmark = dict.fromkeys(map(ord, self._marks.values()))
+        self._tokens = list(prompt)  # the tokens that are decoded together
+        self._settled = len(self._tokens)  # how many of them are settled
+        self._known = decode(self._tokens) if self._tokens else ""  # the text of the settled tokens
         self._waiting = ""  # settled text that is held back
         self._returned = 0  # characters returned since `_waiting` begins
         self.stopped = False
@@ -245,30 +277,37 @@ class TextStream:
         if self.stopped:
             return ""
         self._tokens.append(token)
-        text = self._waiting + self._new_text()
+        text = self._waiting + self._new_text() + self._marks.get(token, "")
         end = min((i for s in self._stop if (i := text.find(s)) >= 0), default=None)
         if end is not None:
             self.stopped = True
-            return text[self._returned : end]
+            return text[self._returned : end].translate(self._unmark)
         whole = text.rstrip("\ufffd")
         ready = len(whole) - self._partial_stop_length(whole)
         piece = whole[self._returned : ready]
         self._returned = max(self._returned, ready)
         if whole == text and text != self._waiting:
             self._settle(text)
-        return piece
+        return piece.translate(self._unmark)
 
     def finish(self) -> str:
         """The text that was held back, at the end of the row."""
-        return "" if self.stopped else (self._waiting + self._new_text())[self._returned :]
+        if self.stopped:
+            return ""
+        return (self._waiting + self._new_text())[self._returned :].translate(self._unmark)
 
     def _new_text(self) -> str:
         """The text of the tokens that are not settled."""
-        return self._decode(self._tokens)[len(self._known) :]
+        text = self._decode(self._tokens)
+        # The last character of a prompt may be one that the first tokens complete.
+        known = self._known if text.startswith(self._known) else self._known.rstrip("\ufffd")
+        return text[len(known) :]
 
     def _settle(self, text: str) -> None:
         """Settles the current tokens, all of whose characters are complete."""
-        self._tokens = self._tokens[self._settled :]
+        recent = self._tokens[self._settled :]
+        if self._decode(recent):  # else the next token would be the first for the decoder
+            self._tokens = recent
         self._settled, self._known = len(self._tokens), self._decode(self._tokens)
         self._waiting, self._returned = text[self._returned :], 0
 
@@ -294,23 +333,33 @@ def stream_text(
 ) -> Iterator[tuple[int, str]]:
     """Continues texts or token lists as one batch, and yields (row, next piece of its text).
 
-    An empty text starts a new document. The arguments are those of `Generator.stream`, except that
-    `stop` lists the strings that end a row's text; they are not part of it.
+    A text begins with BOS where the tokenizer's post-processor adds it; an empty text starts a new
+    document. A row ends with any token that ends a text. The arguments are those of
+    `Generator.stream`, except that `stop` lists the strings that end a row's text; they are not
+    part of it.
     """
 
     def encode(prompt):
-        tokens = tokenizer.encode_batch([prompt])[0] if isinstance(prompt, str) else prompt
-        return tokens if len(tokens) else [tokenizer.end_of_document]
+        tokens = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        return tokens if len(tokens) else [tokenizer.special.start]
 
     ids = [encode(prompt) for prompt in prompts]
-    texts = [TextStream(tokenizer.decode, stop) for _ in prompts]
+    texts = [
+        TextStream(
+            tokenizer.decode,
+            stop,
+            prompt=[int(token) for token in prompt],
+            special=tokenizer.special_texts,
+        )
+        for prompt in ids
+    ]
     tokens = generator.stream(
         ids,
         max_tokens=max_tokens,
         sampling=sampling,
         seed=seed,
         rows=rows,
-        end_of_document=tokenizer.end_of_document,
+        end_of_document=tokenizer.special.ends,
         stop=lambda row, token: texts[row].stopped,
     )
     for row, token in tokens:

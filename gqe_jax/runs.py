@@ -21,6 +21,8 @@ import dataclasses
 import importlib
 import json
 import os
+import types
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -158,21 +160,30 @@ class Run:
         paths = (location(directory) / TOKENIZER_FILE for directory in directories)
         return next((path for path in paths if path.is_file()), None)
 
-    def tokenizer(self, named: str | None = None) -> Tokenizer:
+    def tokenizer(self, named: str | None = None, end_of_document: str | None = None) -> Tokenizer:
         """Loads the tokenizer.
 
         Args:
           named: `byte` or the path of a tokenizer.json; None: the run's own.
+          end_of_document: the token that ends a document and a generated text; None: that of the
+            tokenizer or the corpus.
 
         Raises:
           DataError: there is none, or it has more tokens than the model.
         """
         own, corpus = location(self.directory) / TOKENIZER_FILE, self.config.data.corpus
         if named is not None or own.is_file() or corpus == STDLIB:
-            tokenizer = load_tokenizer(named or (own if own.is_file() else BYTE))
+            named = named or (own if own.is_file() else BYTE)
+            tokenizer = load_tokenizer(named, end_of_document)
         else:
             try:
                 tokenizer = corpus_tokenizer(location(corpus), read_manifest(location(corpus)))
+                if end_of_document is not None:
+                    path = BYTE if (file := self.tokenizer_file()) is None else file
+                    end = load_tokenizer(path, end_of_document).end_of_document
+                    special = tokenizer.special
+                    ends = (end, *special.ends)
+                    tokenizer.special = dataclasses.replace(special, end_of_document=end, ends=ends)
             except DataError as error:
                 raise DataError(
                     f"tokenizer: {own} is not there, and of the corpus that {self.directory} was "
@@ -207,6 +218,7 @@ def restore_run(
     step: int | str = "latest",
     mesh: MeshConfig | None = None,
     tokenizer: str | None = None,
+    end_of_document: str | None = None,
 ) -> RestoredRun:
     """Loads a trained model and its tokenizer, for generation and scoring.
 
@@ -215,6 +227,7 @@ def restore_run(
       step: a number, `latest` or `best`.
       mesh: the devices' mesh; None: the run's, where it fits the devices.
       tokenizer: `byte` or the path of a tokenizer.json; None: the run's own.
+      end_of_document: the token that ends a document; None: the tokenizer's.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
@@ -222,13 +235,23 @@ def restore_run(
       DataError: there is no tokenizer, or it does not fit the model.
     """
     run = Run.find(run_dir, step)
-    loaded = run.tokenizer(tokenizer)
+    loaded = run.tokenizer(tokenizer, end_of_document)
     devices = make_mesh(run.mesh(mesh))
     return RestoredRun(run.config, run.step, run.model(devices), devices, loaded)
 
 
-def write_run(config: RunConfig, params: nnx.State, tokenizer: Location | None) -> None:
+def write_run(
+    config: RunConfig,
+    params: nnx.State,
+    tokenizer: Location | None,
+    files: Mapping[str, bytes] = types.MappingProxyType({}),
+) -> None:
     """Writes `config.run_dir`, whole or not at all: configuration, weights of step 0, tokenizer.
+
+    Args:
+      config, params: the run.
+      tokenizer: its tokenizer.json, or None.
+      files: other files, by name.
 
     Raises:
       DataError: the directory exists.
@@ -239,3 +262,5 @@ def write_run(config: RunConfig, params: nnx.State, tokenizer: Location | None) 
         write_config(config, partial)
         if tokenizer is not None:
             write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
+        for name, content in files.items():
+            write_whole(partial / name, content)

@@ -24,6 +24,7 @@ import numpy as np
 
 from gqe_jax.config import ConfigError
 from gqe_jax.config_json import from_dict
+from gqe_jax.data.special_tokens import SpecialTokens
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, file_sizes, is_remote, location, write_whole
@@ -47,7 +48,7 @@ class ShardInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Sizes of one split; `num_bytes` is UTF-8 text without the end-of-document tokens."""
+    """Sizes of one split; `num_bytes` is UTF-8 text without the tokens between documents."""
 
     num_tokens: int
     num_documents: int
@@ -65,6 +66,8 @@ class Manifest:
     end_of_document: int
     dtype: str
     splits: dict[str, SplitInfo]
+    document_prefix: tuple[int, ...] = ()
+    """Tokens before the text of each document."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -196,6 +199,8 @@ def _make_locked(partial: pathlib.Path) -> int:
 def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    if not manifest.document_prefix:  # as without the field, so that the fingerprint is the same
+        del content["document_prefix"]
     write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
@@ -238,6 +243,8 @@ def _problem(manifest: Manifest) -> str | None:
     limit = np.iinfo(manifest.dtype).max
     if not 0 <= manifest.end_of_document <= limit:
         return f"end_of_document is {manifest.end_of_document}; {manifest.dtype} cannot hold it"
+    if not all(0 <= token <= limit for token in manifest.document_prefix):
+        return f"document_prefix is {manifest.document_prefix}; {manifest.dtype} cannot hold it"
     for name, split in manifest.splits.items():
         lengths = [shard.num_tokens for shard in split.shards]
         if min(lengths, default=0) < 0 or sum(lengths) != split.num_tokens:
@@ -333,10 +340,11 @@ class Split:
 
 
 def corpus_tokenizer(directory: Location, manifest: Manifest) -> Tokenizer:
-    """Loads the tokenizer that a corpus was made with, with the token that ends its documents."""
+    """Loads the tokenizer that a corpus was made with; texts begin and end as its documents do."""
+    end, prefix = manifest.end_of_document, manifest.document_prefix
     is_byte = manifest.tokenizer == BYTE
-    tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE)
-    tokenizer.end_of_document = manifest.end_of_document
+    tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE, end)
+    tokenizer.special = SpecialTokens(end, ends=(end,), prefix=prefix, start=(*prefix, end)[0])
     return tokenizer
 
 

@@ -60,7 +60,8 @@ class PrepareConfig:
     tokenizer: str = BYTE
     """`byte`, or the path of a tokenizer.json."""
     end_of_document: str | None = None
-    """Special token that ends a document; None: a common one that the tokenizer has."""
+    """Special token that ends a document; None: the `eos_token_id` or `eos_token` of the files
+    beside the tokenizer, or a common one that it has."""
     text_field: str = "text"
     """Column or key that holds the text in Parquet and JSON lines."""
     validation_fraction: float = 0.005
@@ -172,7 +173,7 @@ def _has_parts(directory: Location) -> bool:
 def _key(config: PrepareConfig, tasks: list[list[Location]], tokenizer: Tokenizer) -> str:
     """A hash of all that decides the content of the parts."""
     content: list[Any] = [FORMAT, config.text_field, config.validation_fraction]
-    content += [config.shard_tokens, tokenizer.end_of_document]
+    content += [config.shard_tokens, tokenizer.end_of_document, tokenizer.special.document_prefix]
     for task in tasks:
         found = [(str(path), path.stat()) for path in task]
         # The times of objects in a store differ between its interfaces.

@@ -108,6 +108,7 @@ def write_documents(
         split: ShardWriter(directory, f"{split}-{name}", dtype, shard_tokens) for split in SPLITS
     }
     end = np.array([tokenizer.end_of_document], np.uint32)
+    prefix = np.array(tokenizer.special.document_prefix, np.uint32)
     for part in _parts(documents):
         encoded = tokenizer.encode_documents([document.text for document in part])
         decoded = tokenizer.decode_documents(encoded) if changed else [None] * len(part)
@@ -124,7 +125,8 @@ def write_documents(
                 continue
             if changed and text != document.text:
                 changed(document.where)
-            writers[document.split].add(np.concatenate([tokens, end]), len(document.text.encode()))
+            size = len(document.text.encode())
+            writers[document.split].add(np.concatenate([prefix, tokens, end]), size)
     return {split: writer.close() for split, writer in writers.items()}
 
 
@@ -165,4 +167,5 @@ def make_manifest(
         end_of_document=tokenizer.end_of_document,
         dtype=token_dtype(tokenizer.vocab_size).str,
         splits=splits,
+        document_prefix=tokenizer.special.document_prefix,
     )

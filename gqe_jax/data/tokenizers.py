@@ -1,17 +1,17 @@
 """Tokenizers: UTF-8 bytes, or a `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from gqe_jax.data.special_tokens import SpecialTokens, special_tokens
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, location
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_VOCAB_SIZE = 1 << 31  # batches hold int32 tokens
-_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
 @runtime_checkable
@@ -19,7 +19,12 @@ class Tokenizer(Protocol):
     """Maps text to token ids and back."""
 
     vocab_size: int
-    end_of_document: int
+    special: SpecialTokens
+    special_texts: Mapping[int, str]
+    """The special tokens that `decode` drops."""
+
+    @property
+    def end_of_document(self) -> int: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -34,7 +39,13 @@ class ByteTokenizer:
     """Uses UTF-8 bytes as tokens; id 255, which UTF-8 never contains, ends a document."""
 
     vocab_size = 256
-    end_of_document = 255
+    special = SpecialTokens(end_of_document=255, ends=(255,), prefix=(), start=255)
+    special_texts: Mapping[int, str] = {}
+
+    @property
+    def end_of_document(self) -> int:
+        """The token that ends a document."""
+        return self.special.end_of_document
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint8 array per text."""
@@ -47,8 +58,13 @@ class ByteTokenizer:
         return [tokens.tobytes().decode() for tokens in documents]
 
     def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
-        """The text; incomplete characters become U+FFFD, end-of-document tokens are dropped."""
-        return bytes(t for t in tokens if t != self.end_of_document).decode(errors="replace")
+        """The text without end-of-document tokens.
+
+        Incomplete characters become U+FFFD, and ids above 255, which a larger model can generate.
+        """
+        invalid = 0xFE  # in no UTF-8 text
+        shown = (int(t) for t in tokens if t != self.end_of_document)
+        return bytes(t if t < 256 else invalid for t in shown).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -56,15 +72,18 @@ class FileTokenizer:
 
     Args:
       path: the file.
-      end_of_document: the token that ends a document; None: the first known of `_END_OF_DOCUMENT`.
+      end_of_document: the token that ends a document, or its id; None: as the files beside the
+        tokenizer have it, or a common one. With an id those files are not read, and nothing is put
+        before a text.
 
     Raises:
       DataError: the file is no tokenizer, or has no such token.
     """
 
-    def __init__(self, path: Location, end_of_document: str | None = None):
+    def __init__(self, path: Location, end_of_document: str | int | None = None):
         import tokenizers  # not needed for bytes
 
+        self._path = path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
@@ -74,22 +93,21 @@ class FileTokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        names = _END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
-        ids = [self._tokenizer.token_to_id(name) for name in names]
-        found = [token for token in ids if token is not None]
-        if not found:
-            raise DataError(
-                f"end_of_document: tokenizer {path} has none of {', '.join(names)}; "
-                "name the token that ends a document"
-            )
-        self.end_of_document: int = found[0]
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise DataError(f"tokenizer {path} has no tokens; copy it again")
+        self.vocab_size: int = 1 + max(ids)
         """Number of ids up to the largest; a sparse vocabulary has fewer entries."""
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(
                 f"tokenizer {path} has the token id {self.vocab_size - 1}; ids must be less than "
                 f"{MAX_VOCAB_SIZE}: number its vocabulary anew"
             )
+        if isinstance(end_of_document, int):
+            end = end_of_document
+            self.special = SpecialTokens(end, ends=(end,), prefix=(), start=end)
+        else:
+            self.special = special_tokens(path, self._tokenizer, end_of_document)
         added = self._tokenizer.get_added_tokens_decoder().get(self.end_of_document)
         if added is not None and not added.special:
             # `encode_documents` treats only special tokens as text.
@@ -97,19 +115,34 @@ class FileTokenizer:
             kept = {flag: getattr(added, flag) for flag in flags}
             special = tokenizers.AddedToken(added.content, special=True, **kept)
             self._tokenizer.add_special_tokens([special])
+        found = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_texts = {token: each.content for token, each in found if each.special}
+
+    @property
+    def end_of_document(self) -> int:
+        """The token that ends a document."""
+        return self.special.end_of_document
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array of ids per text; a special token that the text spells is that token."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+        return self._encode(self._tokenizer.encode_batch, texts)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array of ids per text; a special token that the text spells is text."""
         self._tokenizer.encode_special_tokens = True
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return self._encode(self._tokenizer.encode_batch_fast, texts)
         finally:
             self._tokenizer.encode_special_tokens = False
+
+    def _encode(self, encode: Callable[..., Any], texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            encodings = encode(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library has no class of its own
+            raise DataError(
+                f"tokenizer {self._path} cannot encode a text ({error}); correct it: it needs a "
+                "token for unknown text, for example"
+            ) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
@@ -122,13 +155,26 @@ class FileTokenizer:
         return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
 
-def load_tokenizer(name: str | Location, end_of_document: str | None = None) -> Tokenizer:
-    """Loads `byte` or a tokenizer.json.
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that a model continues, with BOS where the post-processor adds it.
+
+    A text that spells BOS gets no second one.
+    """
+    ids, prefix = tokenizer.encode_batch([text])[0].tolist(), list(tokenizer.special.prefix)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def load_tokenizer(name: str | Location, end_of_document: str | int | None = None) -> Tokenizer:
+    """Loads `byte` or a tokenizer.json; the arguments are those of `FileTokenizer`.
 
     Raises:
       DataError: there is no such file, or it is no tokenizer.
     """
     if str(name) == BYTE:
+        if isinstance(end_of_document, str):
+            raise DataError(
+                f"end_of_document is {end_of_document!r}; bytes have their own: leave it out"
+            )
         return ByteTokenizer()
     path = location(name)
     if not path.is_file():

@@ -22,6 +22,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gqe_jax.config import ConfigError
+from gqe_jax.data.tokenizers import encode_prompt
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.runs import RestoredRun
@@ -72,16 +74,23 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document token, which also precedes a document."""
+        """The end-of-document token."""
         return self._text_tokenizer.end_of_document
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What precedes a text without context: BOS, or without one the end of a document."""
+        return self._text_tokenizer.special.start
 
     @functools.cached_property
     def _generator(self) -> Generator:
         return Generator(self._run.model, self._mesh)
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Token ids without special tokens."""
-        return self._text_tokenizer.encode_batch([string])[0].tolist()
+        """Token ids, with BOS as `encode_prompt` has it; `add_special_tokens=False`: without."""
+        if add_special_tokens is False:
+            return self._text_tokenizer.encode_batch([string])[0].tolist()
+        return encode_prompt(self._text_tokenizer, string)
 
     def _loglikelihood_tokens(
         self,
@@ -128,11 +137,11 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop sequence; greedy unless the task samples."""
         contexts = [
-            (self.tok_encode(request.args[0]) or [self.eot_token_id])[-self.max_length :]
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-self.max_length :]
             for request in requests
         ]
         arguments: list[Any] = [request.args for request in requests]  # (context, options)
-        options = [normalize_gen_kwargs(gen_kwargs) for _, gen_kwargs in arguments]
+        options = [_options(gen_kwargs) for _, gen_kwargs in arguments]
         texts = [""] * len(requests)
         by_options = sorted(range(len(requests)), key=lambda i: repr(options[i]))
         with _progress(len(requests), "generate_until") as bar:
@@ -167,11 +176,34 @@ class HarnessModel(TemplateLM):
         return global_batch(sharding, self._batch_size, mine)
 
 
-def _sampling(options: dict) -> Sampling:
+def _options(given: dict) -> dict[str, Any]:
+    """A task's `generation_kwargs` with the harness's defaults; what is null is not given.
+
+    Raises:
+      ConfigError: a value is of the wrong type.
+    """
+    try:
+        options = dict(normalize_gen_kwargs({k: v for k, v in given.items() if v is not None}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs is {given!r}; correct the task: {error}") from None
+    if options["max_gen_toks"] < 1 or not all(isinstance(s, str) for s in options["until"]):
+        raise ConfigError(
+            f"generation_kwargs is {given!r}; correct the task: until must be strings, and the "
+            "number of tokens positive"
+        )
+    return options
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """A task's sampling; without a temperature that of `transformers`, 1."""
     if not options["do_sample"]:
         return Sampling()
-    top_k = options.get("top_k") or None
-    return Sampling(options["temperature"], top_k, options.get("top_p") or 1.0)
+    try:
+        top_k = int(options.get("top_k") or 0) or None
+        top_p = float(options.get("top_p") or 1.0)
+        return Sampling(float(options.get("temperature", 1.0)), top_k, top_p)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs has {options!r}; correct the task: {error}") from None
 
 
 def _batches(lengths: Sequence[int], batch_size: int):

@@ -24,7 +24,7 @@ class HeldOut:
     """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
-    """Bits per byte of UTF-8 text; end-of-document tokens add bits but no bytes."""
+    """Bits per byte of UTF-8 text; BOS and end-of-document tokens add bits but no bytes."""
     tokens: int
     """Number of predicted tokens."""
 

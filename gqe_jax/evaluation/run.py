@@ -15,7 +15,8 @@ from gqe_jax.sharding import check_divides, make_mesh
 from gqe_jax.training.steps import make_steps
 from gqe_kernels import ImplementationName
 
-_OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length", "tokenizer")
+_OF_TASKS = ("num_fewshot", "limit", "include_path", "output", "max_length")
+_OF_TASKS += ("tokenizer", "end_of_document")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class EvalConfig:
     the run's sequence_length."""
     tokenizer: str | None = None
     """Tasks: `byte` or a tokenizer.json; None: the run's."""
+    end_of_document: str | None = None
+    """Tasks: token that ends a text; None: the tokenizer's."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 

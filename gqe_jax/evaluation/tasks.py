@@ -137,7 +137,13 @@ def _evaluate_run(
 
     from gqe_jax.evaluation.harness import HarnessModel
 
-    run = restore_run(run_dir, step=config.step, mesh=config.mesh, tokenizer=config.tokenizer)
+    run = restore_run(
+        run_dir,
+        step=config.step,
+        mesh=config.mesh,
+        tokenizer=config.tokenizer,
+        end_of_document=config.end_of_document,
+    )
     max_length = config.max_length or run.config.sequence_length
     batch_size = config.batch_size or _BATCH_SIZE
     model = HarnessModel(run, batch_size=batch_size, max_length=max_length)

@@ -21,14 +21,16 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, Dtype
 from gqe_jax.config_json import to_dict
 from gqe_jax.data.corpus import written_whole
-from gqe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
+from gqe_jax.data.special_tokens import IMPORTED_FILE, companions
+from gqe_jax.data.tokenizers import TOKENIZER_FILE
+from gqe_jax.errors import DataError
 from gqe_jax.interop import hf_config
 from gqe_jax.interop.import_weights import GQE
 from gqe_jax.interop.layout import torch_reader, torch_shapes
 from gqe_jax.interop.tensors import write_tensors
 from gqe_jax.runs import SPREAD, Run
 from gqe_jax.sharding import make_mesh
-from gqe_jax.storage import Location, write_whole
+from gqe_jax.storage import location, write_whole
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -46,7 +48,11 @@ class ExportConfig:
     dtype: Dtype = "float32"
     """Dtype of the files; float32 is exact, bfloat16 is exact for weights imported in bfloat16."""
     max_position_embeddings: int | None = None
-    """Maximum sequence length in config.json; None: the run's sequence_length."""
+    """Maximum sequence length in config.json; None: the longer of the run's sequence_length and
+    that of the imported model."""
+    end_of_document: str | None = None
+    """Token that ends a text, `eos_token_id` in config.json; None: those of the imported model, or
+    of the run's tokenizer."""
     max_shard_bytes: int = 5_000_000_000
     """Maximum bytes of a file; larger weights are split into several files."""
 
@@ -66,16 +72,21 @@ def export_weights(config: ExportConfig) -> None:
     """
     found = Run.find(config.run_dir, config.step)
     run, tokenizer = found.config, found.tokenizer_file()
+    files = companions(location(config.run_dir))
+    kept = json.loads(files.pop(IMPORTED_FILE, b"{}"))
+    special = _special_fields(config, found, kept)
     _, params = found.load(make_mesh(SPREAD))
     if run.model.attention.variant == "gqa":
         values = hf_config.from_model_config(
             run.model,
-            max_positions=config.max_position_embeddings or run.sequence_length,
             dtype=config.dtype,
-            end_of_document=_end_of_document(tokenizer),
         )
     else:
         values: dict[str, Any] = {"model_type": GQE, "model": to_dict(run.model)}
+        if not (config.max_position_embeddings or kept):  # ModelConfig has none
+            del special["max_position_embeddings"]
+        special = {name: value for name, value in special.items() if value is not None}
+    values |= special
     with written_whole(config.output) as partial:
         (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
         write_tensors(
@@ -87,16 +98,36 @@ def export_weights(config: ExportConfig) -> None:
         )
         if tokenizer is not None:
             write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
+        for name, content in files.items():
+            write_whole(partial / name, content)
     layout = values.get("architectures", ["the authors' layout"])[0]
     print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
-def _end_of_document(tokenizer: Location | None) -> int | None:
-    """The end-of-document token; None if the tokenizer has none of the common ones."""
-    try:
-        return None if tokenizer is None else load_tokenizer(tokenizer).end_of_document
-    except ValueError:
-        return None
+def _special_fields(config: ExportConfig, run: Run, kept: dict[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that are no part of our configuration.
+
+    Args:
+      config: what to export.
+      run: the run.
+      kept: those of the model that the run was imported from.
+    """
+    lengths = (run.config.sequence_length, kept.get("max_position_embeddings") or 0)
+    bos, ends = kept.get("bos_token_id"), kept.get("eos_token_id")
+    if run.tokenizer_file() is not None and (ends is None or config.end_of_document is not None):
+        try:
+            special = run.tokenizer(end_of_document=config.end_of_document).special
+        except DataError:
+            if config.end_of_document is not None:
+                raise
+        else:
+            ends = special.ends[0] if len(special.ends) == 1 else list(special.ends)
+            bos = special.prefix[0] if bos is None and special.prefix else bos
+    return {
+        "max_position_embeddings": config.max_position_embeddings or max(lengths),
+        "bos_token_id": bos,
+        "eos_token_id": ends,
+    }
 
 
 def main() -> None:

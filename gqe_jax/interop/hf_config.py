@@ -4,11 +4,21 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from gqe_jax.config import AttentionConfig, ConfigError, Dtype, ModelConfig, RopeScaling
 from gqe_jax.interop.tensors import WeightsError
 
 CONFIG_FILE = "config.json"
 LLAMA, QWEN3 = "llama", "qwen3"
+
+MAX_SIZE = (1 << 31) - 1
+_SMALLEST, _LARGEST = (float(x) for x in (np.finfo("f4").tiny, np.finfo("f4").max))
+
+_ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 # Values with which our model computes the same; an absent field has Hugging Face's default.
 _REQUIRED = {
@@ -29,11 +39,11 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise WeightsError(f"{path} must be an object of fields")
     return values
@@ -50,25 +60,25 @@ def to_model_config(values: dict[str, Any], *, dtype: Dtype) -> ModelConfig:
       WeightsError: a field is missing, or has a value that our model does not support; names it.
     """
     kind = values.get("model_type")
-    if kind not in (LLAMA, QWEN3):
+    if not isinstance(kind, str) or kind not in (LLAMA, QWEN3):
         raise WeightsError(f"model_type is {kind!r}; it must be {LLAMA} or {QWEN3}")
     for field, required in _REQUIRED.items():
-        if (value := values.get(field, required)) != required and value is not None:
-            raise WeightsError(f"{field} is {value!r}; our model supports only {required!r}")
-    other = sorted(set(values.get("layer_types") or []) - {"full_attention"})
-    if other:
-        raise WeightsError(f"layer_types has {other[0]!r}; our model supports only full_attention")
+        _check_supported(values, field, required)
+    types = values.get("layer_types")
+    for each in types if isinstance(types, list) else [] if types is None else [types]:
+        if each != "full_attention":
+            raise WeightsError(f"layer_types has {each!r}; our model supports only full_attention")
 
     def integer(field: str, default: int | None = None) -> int:
-        value = values.get(field)
-        value = default if value is None else value
-        if type(value) is not int:
-            raise WeightsError(f"{field} is {value!r}; it must be an integer")
-        return value
+        return _integer(values, field, default)
 
     width, heads = integer("hidden_size"), integer("num_attention_heads")
-    epsilon = values.get("rms_norm_eps", 1e-6)
+    epsilon = _number(values, "rms_norm_eps", 1e-6)
     theta, scaling = _rope(values, integer("max_position_embeddings", 2048))
+    initialised = values.get("initializer_range") != 0
+    tied = values.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise WeightsError(f"tie_word_embeddings is {tied!r}; it must be true or false")
     try:
         return ModelConfig(
             attention=AttentionConfig(
@@ -85,47 +95,83 @@ def to_model_config(values: dict[str, Any], *, dtype: Dtype) -> ModelConfig:
             num_layers=integer("num_hidden_layers"),
             mlp_dim=integer("intermediate_size"),
             vocab_size=integer("vocab_size"),
-            tied_embedding=values.get("tie_word_embeddings", False),
+            tied_embedding=bool(tied),
             norm_epsilon=epsilon,
-            embedding_init_std=values.get("initializer_range", 0.02),
+            embedding_init_std=_number(values, "initializer_range", 0.02) if initialised else 0.0,
             dtype=dtype,
         )
     except ConfigError as error:
         raise WeightsError(str(error)) from error
 
 
+def _integer(values: dict[str, Any], field: str, default: int | None, where: str = "") -> int:
+    """A positive integer; null is the default, as in Hugging Face's configurations."""
+    value = values.get(field)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value <= MAX_SIZE:
+        raise WeightsError(
+            f"{where}{field} is {value!r}; it must be an integer from 1 to {MAX_SIZE}"
+        )
+    return value
+
+
+def _number(values: dict[str, Any], field: str, default: float | None, where: str = "") -> float:
+    """A positive number that float32 holds; null is the default."""
+    value = values.get(field)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not _SMALLEST <= value <= _LARGEST:
+        raise WeightsError(f"{where}{field} is {value!r}; it must be a positive number")
+    return float(value)
+
+
 def _rope(values: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
     """RoPE's theta and scaling, from the fields of transformers 4 or 5."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", values.get("rope_theta") or 10000.0)
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(name) or {}
+    if not isinstance(rope, dict):
+        raise WeightsError(f"{name} is {rope!r}; it must be an object of fields, or null")
+    if any(isinstance(value, dict) for value in rope.values()):  # by the type of a layer
+        if not isinstance(rope.get("full_attention"), dict):
+            raise WeightsError(
+                f"{name} is {rope!r}; it must have fields for full_attention, the only type of "
+                "layer that our model supports"
+            )
+        name, rope = f"{name}.full_attention", rope["full_attention"]
+    where = f"{name}."
+    _check_supported(rope, "partial_rotary_factor", 1.0, where)
+    theta = _number(values, "rope_theta", 10000.0)
+    theta = _number(rope, "rope_theta", theta, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind is None or kind == "default":
+        return theta, RopeScaling()
+    for field in _ROPE_FIELDS.get(kind, ()) if isinstance(kind, str) else ():
+        if field not in rope:
+            raise WeightsError(f"{name} of type {kind} lacks {field}")
     try:
-        if kind == "default":
-            return float(theta), RopeScaling()
         if kind == "linear":
-            return float(theta), RopeScaling("linear", float(rope["factor"]))
+            return theta, RopeScaling("linear", _number(rope, "factor", None, where))
         if kind == "llama3":
             scaling = RopeScaling(
                 "llama3",
-                float(rope["factor"]),
-                float(rope["low_freq_factor"]),
-                float(rope["high_freq_factor"]),
-                rope.get("original_max_position_embeddings", max_positions),
+                _number(rope, "factor", None, where),
+                _number(rope, "low_freq_factor", None, where),
+                _number(rope, "high_freq_factor", None, where),
+                _integer(rope, "original_max_position_embeddings", max_positions, where),
             )
-            return float(theta), scaling
-    except KeyError as error:
-        raise WeightsError(f"rope_scaling of type {kind} lacks {error.args[0]}") from None
-    raise WeightsError(f"rope_scaling is of type {kind!r}; it must be default, linear or llama3")
+            return theta, scaling
+    except ConfigError as error:
+        raise WeightsError(f"{where}{error}") from None
+    raise WeightsError(f"{name} is of type {kind!r}; it must be default, linear or llama3")
 
 
-def from_model_config(
-    config: ModelConfig,
-    *,
-    max_positions: int,
-    dtype: Dtype,
-    end_of_document: int | None,
-) -> dict[str, Any]:
-    """The fields of config.json: Qwen3 if the model has QK-norm, else Llama.
+def _check_supported(values: dict[str, Any], field: str, required: Any, where: str = "") -> None:
+    value = values.get(field)
+    if value is not None and value != required:
+        raise WeightsError(f"{where}{field} is {value!r}; our model supports only {required!r}")
+
+
+def from_model_config(config: ModelConfig, *, dtype: Dtype) -> dict[str, Any]:
+    """The fields of config.json that follow from ours: Qwen3 if the model has QK-norm, else Llama.
 
     The RoPE fields are those of transformers 4, which transformers 5 reads too.
 
@@ -152,7 +198,6 @@ def from_model_config(
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.resolved_head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": max_positions,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": attention.rope_theta,
         "rope_scaling": _rope_scaling(attention.rope_scaling),
@@ -160,8 +205,6 @@ def from_model_config(
         "attention_bias": False,
         "initializer_range": config.embedding_init_std,
         "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": end_of_document,
     }
 
 

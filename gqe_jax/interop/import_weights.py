@@ -8,6 +8,7 @@ run directory is then an input of `train.py`, `eval.py` and `gqe_jax.interop.upc
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -18,7 +19,15 @@ from flax import nnx
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, DataConfig, Dtype, ModelConfig, RunConfig
 from gqe_jax.config_json import from_dict
-from gqe_jax.data.tokenizers import TOKENIZER_FILE
+from gqe_jax.data.special_tokens import (
+    GENERATION_FILE,
+    IMPORTED_FILE,
+    companions,
+    read_fields,
+    to_json,
+)
+from gqe_jax.data.tokenizers import TOKENIZER_FILE, load_tokenizer
+from gqe_jax.errors import DataError
 from gqe_jax.interop import hf_config
 from gqe_jax.interop.layout import abstract_params, read_params
 from gqe_jax.interop.tensors import Tensors, WeightsError
@@ -40,8 +49,12 @@ class ImportConfig:
     corpus: str | None = None
     """Corpus for training and evaluation, prepared with this tokenizer; None: corpora/NAME, with
     the output's name."""
-    sequence_length: int = 2048
-    """Tokens per window; at most the sequence length that the model was trained with."""
+    sequence_length: int | None = None
+    """Tokens per window; at most the sequence length that the model was trained with. None: 2048,
+    or fewer where config.json's max_position_embeddings is less."""
+    end_of_document: str | None = None
+    """Token that ends a document and a generated text; None: the `eos_token_id` of config.json and
+    generation_config.json, the `eos_token` of tokenizer_config.json, or a common one."""
     dtype: Dtype = "bfloat16"
     """Dtype of activations and matrix products; parameters are float32."""
 
@@ -57,12 +70,24 @@ def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.
         if values.get("model_type") == GQE:
             config = from_dict(ModelConfig, values.get("model"))
             config = dataclasses.replace(config, dtype=dtype)
+            for field, value in (vars(config) | vars(config.attention)).items():
+                if type(value) is int and value > hf_config.MAX_SIZE:
+                    raise WeightsError(
+                        f"{field} is {value}; it must be at most {hf_config.MAX_SIZE}"
+                    )
         else:
             config = hf_config.to_model_config(values, dtype=dtype)
     except (ConfigError, WeightsError) as error:
         raise WeightsError(f"{directory / hf_config.CONFIG_FILE}: {error}") from error
+    tensors = Tensors(directory)
+    if config.num_layers > len(tensors):  # before a table of all layers is made
+        field = "num_layers" if values.get("model_type") == GQE else "num_hidden_layers"
+        raise WeightsError(
+            f"{directory / hf_config.CONFIG_FILE}: {field} is {config.num_layers}; {directory} has "
+            f"only {len(tensors)} tensors: correct it, or copy the files again"
+        )
     layout = shardings(abstract_params(config), make_mesh(SPREAD))
-    return config, read_params(config, Tensors(directory), layout)
+    return config, read_params(config, tensors, layout)
 
 
 def import_weights(config: ImportConfig) -> RunConfig:
@@ -72,15 +97,16 @@ def import_weights(config: ImportConfig) -> RunConfig:
       WeightsError: a field or tensor cannot be used; names it and its file.
       DataError: the output exists.
     """
+    files, longest = _files(config)
     model, params = read_model(config.weights, config.dtype)
     run = RunConfig(
         model=model,
         data=DataConfig(corpus=config.corpus or f"corpora/{config.output.name}"),
         run_dir=str(config.output),
-        sequence_length=config.sequence_length,
+        sequence_length=config.sequence_length or min(2048, longest),
     )
     tokenizer = config.weights / TOKENIZER_FILE
-    write_run(run, params, tokenizer if tokenizer.is_file() else None)
+    write_run(run, params, tokenizer if tokenizer.is_file() else None, files)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"{config.output}: {model.attention.variant}, {count:,} parameters from {config.weights}")
     if tokenizer.is_file():
@@ -91,6 +117,31 @@ def import_weights(config: ImportConfig) -> RunConfig:
     else:
         print(f"{config.weights} has no {TOKENIZER_FILE}; the corpus must use the same tokens")
     return run
+
+
+def _files(config: ImportConfig) -> tuple[dict[str, bytes], int]:
+    """The files to keep beside the tokenizer, and the longest sequence that the model takes."""
+    files = companions(config.weights)
+    kept = json.loads(files.get(IMPORTED_FILE, b"{}"))
+    path = config.weights / TOKENIZER_FILE
+    if config.end_of_document is not None:
+        if not path.is_file():
+            raise DataError(
+                f"end_of_document is {config.end_of_document!r}; {config.weights} has no "
+                f"{TOKENIZER_FILE}: copy it there, or leave end_of_document out"
+            )
+        ends = load_tokenizer(path, config.end_of_document).special.ends
+        kept["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        files[IMPORTED_FILE] = to_json(kept)
+        if generation := read_fields(config.weights / GENERATION_FILE):
+            files[GENERATION_FILE] = to_json(generation | {"eos_token_id": kept["eos_token_id"]})
+    elif path.is_file():
+        try:
+            load_tokenizer(path)
+        except DataError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    longest = kept.get("max_position_embeddings")
+    return files, 2048 if longest is None else longest
 
 
 def main() -> None:

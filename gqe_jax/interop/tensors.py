@@ -28,7 +28,8 @@ class WeightsError(UserError, ValueError):
 class Tensors:
     """The tensors of a file, or of a directory with `model.safetensors` or an index of shards.
 
-    The constructor reads headers only; `read` loads one tensor.
+    In a directory with both, the index is ignored, as by `transformers`. The constructor reads
+    headers only; `read` loads one tensor.
 
     Raises:
       WeightsError: a file is missing, truncated or not safetensors, or the index and its shards
@@ -41,10 +42,10 @@ class Tensors:
         self._file_of: dict[str, pathlib.Path] = {}
         if self.path.is_file():
             self._open(self.path)
+        elif (self.path / WEIGHTS_FILE).is_file():  # before an index, as transformers does
+            self._open(self.path / WEIGHTS_FILE)
         elif (self.path / INDEX_FILE).is_file():
             self._open_shards(self.path / INDEX_FILE)
-        elif (self.path / WEIGHTS_FILE).is_file():
-            self._open(self.path / WEIGHTS_FILE)
         else:
             raise WeightsError(
                 f"{self.path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a safetensors file "
@@ -55,8 +56,11 @@ class Tensors:
         try:
             opened = safe_open(file, framework="np")
         except FileNotFoundError:
-            raise WeightsError(f"{file} is missing; copy it again") from None
-        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{file} is missing, which {self.path / INDEX_FILE} lists; copy it, or if the "
+                f"weights are in other files, replace the index or name the {WEIGHTS_FILE}"
+            ) from None
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise WeightsError(
                 f"{file} cannot be read: {_damage(file) or error}; copy it again"
             ) from error
@@ -65,13 +69,20 @@ class Tensors:
 
     def _open_shards(self, index: pathlib.Path) -> None:
         try:
-            listed = json.loads(index.read_text())["weight_map"]
-            shards = sorted(set(listed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named = list(listed.items())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{index} has no weight_map ({error!r}); copy it again") from None
-        for shard in shards:
-            if pathlib.PurePath(shard).name != shard:
-                raise WeightsError(f"{index} names the file {shard!r}; it must be a plain name")
+        except OSError as error:
+            raise WeightsError(f"{index} cannot be read ({error}); copy it again") from None
+        for name, shard in named:
+            plain = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+            if not plain or not shard.endswith(".safetensors"):
+                raise WeightsError(
+                    f"{index} names the file {shard!r} for tensor {name}; it must be the plain "
+                    "name of a safetensors file: copy the index again"
+                )
+        for shard in sorted(set(listed.values())):
             self._open(index.parent / shard)
         for name in sorted(set(listed) | set(self._file_of)):
             if name not in listed:
@@ -79,6 +90,9 @@ class Tensors:
             expected = index.parent / listed[name]
             if self._file_of.get(name) != expected:
                 raise WeightsError(f"{expected} lacks tensor {name}, which {index} lists for it")
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files

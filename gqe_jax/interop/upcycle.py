@@ -26,11 +26,13 @@ from jaxtyping import Array, Float, Int
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import AttentionConfig, ConfigError, DataConfig, ModelConfig, RunConfig
 from gqe_jax.data import open_corpus, training_batches
+from gqe_jax.data.special_tokens import companions
 from gqe_jax.interop.import_weights import read_model
 from gqe_jax.interop.layout import abstract_params
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.runs import SPREAD, Run, write_run
 from gqe_jax.sharding import make_mesh
+from gqe_jax.storage import location
 from gqe_jax.training.checkpoint import DIRECTORY
 
 Start = Literal["least_squares", "scaled_mean", "mean"]
@@ -101,7 +103,7 @@ def upcycle(config: UpcycleConfig) -> RunConfig:
     if config.start == "least_squares":
         text = _calibration_text(run, config.calibration_batches)
         routed = fit_out(dense.model, params, run.model, routed, text, ridge=config.ridge)
-    write_run(run, routed, found.tokenizer_file())
+    write_run(run, routed, found.tokenizer_file(), companions(location(found.directory)))
     print(f"{config.output}: {attention.num_active_heads} of {attention.num_query_experts} heads")
     return run
 

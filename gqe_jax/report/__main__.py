@@ -32,6 +32,8 @@ class ReportConfig:
     """The checkpoint; `best` has the lowest held-out loss."""
     corpus: str | None = None
     """Source of the tokenizer and of the held-out text; None: each run's own."""
+    end_of_document: str | None = None
+    """Token that ends a document; None: the tokenizer's."""
     output: pathlib.Path | None = None
     """Directory of index.html; None: report/ in the first run's directory."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -77,6 +79,7 @@ def write_report(config: ReportConfig) -> Location:
                 step=config.step,
                 max_tokens=config.max_tokens,
                 corpus=config.corpus,
+                end_of_document=config.end_of_document,
                 mesh=config.mesh.named,
             )
         except CheckpointError as error:

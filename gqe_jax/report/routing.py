@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from gqe_jax.config import AttentionConfig, MeshConfig
 from gqe_jax.data import DataError, open_corpus
-from gqe_jax.data.tokenizers import Tokenizer
+from gqe_jax.data.tokenizers import Tokenizer, encode_prompt
 from gqe_jax.runs import Run
 from gqe_jax.sharding import OnMesh, batch_sharding, check_divides, make_mesh
 
@@ -40,6 +40,7 @@ def route_text(
     step: int | Literal["latest", "best"] = "latest",
     max_tokens: int = 4096,
     corpus: str | None = None,
+    end_of_document: str | None = None,
     mesh: MeshConfig | None = None,
 ) -> RoutedText | None:
     """Runs a text through a run's checkpoint, in windows of the length that it was trained on.
@@ -50,6 +51,7 @@ def route_text(
       step: a checkpoint's number, `latest` or `best`.
       max_tokens: maximum number of tokens; the rest of the text is dropped.
       corpus: the source of the tokenizer and the held-out text; None: the run's own.
+      end_of_document: the token that ends a document; None: the tokenizer's.
       mesh: the device mesh; None: the run's, if it fits the devices.
 
     Returns:
@@ -65,7 +67,7 @@ def route_text(
     attention = trained.model.attention
     if attention.variant == "gqa":
         return None
-    tokens, tokenizer = _read_tokens(run, text, max_tokens, corpus)
+    tokens, tokenizer = _read_tokens(run, text, max_tokens, corpus, end_of_document)
     devices = make_mesh(run.mesh(mesh))
     length = min(trained.sequence_length, len(tokens))
     if devices.shape["context"] > 1:  # its shards hold halves of windows
@@ -94,7 +96,7 @@ def route_text(
 
 
 def _read_tokens(
-    run: Run, text: str | None, max_tokens: int, corpus: str | None
+    run: Run, text: str | None, max_tokens: int, corpus: str | None, end_of_document: str | None
 ) -> tuple[Int[np.ndarray, "token"], Tokenizer]:
     """Returns the tokens of the text, or of held-out text, and the tokenizer.
 
@@ -103,10 +105,12 @@ def _read_tokens(
     opened = None
     if text is None or corpus is not None:
         opened = open_corpus(corpus or run.config.data.corpus, verify=False)
-    tokenizer = run.tokenizer() if opened is None or corpus is None else opened.tokenizer()
+    if opened is None or corpus is None:
+        tokenizer = run.tokenizer(end_of_document=end_of_document)
+    else:
+        tokenizer = opened.tokenizer()
     if text is not None:
-        (encoded,) = tokenizer.encode_batch([text])
-        tokens = encoded[:max_tokens].astype(np.int32)
+        tokens = np.array(encode_prompt(tokenizer, text)[:max_tokens], np.int32)
     else:
         assert opened is not None
         tokens = opened.validation.read(0, max_tokens)

@@ -14,11 +14,12 @@ import generate as generate_script
 from generate import GenerateConfig
 from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
 from gqe_jax.data import DataError
-from gqe_jax.data.tokenizers import ByteTokenizer
+from gqe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from gqe_jax.generation import Generator, Sampling, TextStream, sample, stream_text
 from gqe_jax.model.transformer import unrolled
 from gqe_jax.runs import restore_run
 from gqe_jax.sharding import make_mesh
+from tests.gqe_jax import special
 from tests.gqe_jax.runs import save_untrained, small_config
 
 CONFIG = ModelConfig(
@@ -231,6 +232,88 @@ def test_text_ends_before_a_stop_sequence():
     assert unfinished.finish() == "STO"
 
 
+SPECIAL = special.make_tokenizer()
+
+
+def stream_of(prompt, stop=()):
+    """A stream of a tokenizer whose decoder drops the first space."""
+    decode = lambda tokens: SPECIAL.decode(tokens, skip_special_tokens=True)  # noqa: E731
+    texts = {special.VOCABULARY[text]: text for text in special.SPECIAL}
+    return TextStream(decode, stop, prompt=SPECIAL.encode(prompt).ids, special=texts)
+
+
+@pytest.mark.parametrize(
+    "tokens", [["▁Paris", "▁is", "Q"], ["<unk>", "▁Paris"], ["▁a", "<|im_end|>", "▁is", "▁a"]]
+)
+@pytest.mark.parametrize("stop", [(), ("<|im_end|>Q",)])
+def test_a_continuation_is_what_follows_the_prompt_in_their_common_text(tokens, stop):
+    """Its first space, where the decoder drops that of a text, and those behind special tokens."""
+    ids = [special.VOCABULARY[token] for token in tokens]
+    stream = stream_of("the query", stop)
+    text = "".join(stream.push(token) for token in ids) + stream.finish()
+    assert text == SPECIAL.decode(SPECIAL.encode("the query").ids + ids)[len("the query") :]
+
+
+def test_a_prompt_may_end_within_a_character():
+    stream = TextStream(bytes_to_text, prompt=list("a€".encode())[:-1])
+    assert [stream.push(token) for token in "€b".encode()[2:]] == ["€", "b"]
+    kept = TextStream(bytes_to_text, prompt=[0xFF])
+    assert [kept.push(token) for token in b"ab"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "stops"),
+    [
+        ("<|im_end|>", " a", True),
+        ("a<|im_end|> is", " ", True),
+        ("<|im_end|> is", " a", True),
+        ("<|im_end|><|im_end|>", " a is Q", False),
+        ("<|eot_id|>", " a is Q", False),
+        (" is<s>", " a is Q", False),
+    ],
+)
+def test_a_stop_sequence_may_contain_special_tokens(stop, text, stops):
+    """They are no text where they do not stop it."""
+    tokens = ["▁a", "<|im_end|>", "▁is", "▁Q"]
+    stream = stream_of("the", [stop, "no such text"])
+    found = "".join(stream.push(special.VOCABULARY[token]) for token in tokens)
+    assert (found + stream.finish(), stream.stopped) == (text, stops)
+
+
+def test_a_stop_sequence_of_special_tokens_may_also_be_spelled():
+    stream = TextStream(bytes_to_text, ["<|im_end|>"], special={300: "<|im_end|>"})
+    assert "".join(stream.push(token) for token in b"a<|im_end|>b") == "a"
+    assert stream.stopped
+
+
+@pytest.fixture(scope="module")
+def repeater():
+    """A model that repeats the last token."""
+    return Generator(
+        Transformer(dataclasses.replace(CONFIG, embedding_init_std=4.0), rngs=nnx.Rngs(0))
+    )
+
+
+def test_texts_of_an_imported_tokenizer(repeater, tmp_path):
+    """They begin with BOS, keep their spaces, and end with each token that ends texts."""
+    files = {"config": {"eos_token_id": [special.EOS, special.EOT]}}
+    tokenizer = load_tokenizer(special.write(tmp_path, **files) / "tokenizer.json")
+    prompts = ["Q is", "the Paris", "a<|eot_id|>", "a</s>", "a<|im_end|>"]
+    texts = list(prompts)
+    for row, piece in stream_text(repeater, tokenizer, prompts, max_tokens=3, stop=["<|im_end|>"]):
+        texts[row] += piece
+    assert texts == ["Q is is is is", "the Paris Paris Paris Paris", *prompts[2:]]
+    assert list(repeater.stream([], max_tokens=3)) == []
+    assert list(stream_text(repeater, tokenizer, [], max_tokens=3)) == []
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-45, 1e-300])
+def test_temperatures_near_zero_are_greedy(temperature):
+    logits = jnp.array([[30.0, 90.0, -50.0], [-90.0, -80.0, -70.0]])
+    tokens = sample(logits, Sampling(temperature), jax.random.key(0), np.arange(2), 0)
+    assert tokens.tolist() == [1, 2]
+
+
 def test_texts_stream_with_stops_of_their_own(generator):
     options = {"sampling": Sampling(temperature=0.2), "max_tokens": NEW}
     prompts = ["a prompt of 24 characters", "", "a", "b"]
@@ -251,6 +334,17 @@ def test_texts_stream_with_stops_of_their_own(generator):
     ("make", "error", "message"),
     [
         (lambda g: Sampling(temperature=-1), ConfigError, "temperature is -1; it must be >= 0"),
+        (
+            lambda g: list(g.stream([[1], [2, 256]], max_tokens=1)),
+            ConfigError,
+            "prompt 1 has the t",
+        ),
+        (
+            lambda g: list(g.stream([[-1]], max_tokens=1)),
+            ConfigError,
+            "prompt 0 has the token id -1",
+        ),
+        (lambda g: Sampling(temperature=float("nan")), ConfigError, "temperature is nan; it must"),
         (lambda g: Sampling(top_k=0), ConfigError, "top_k is 0; it must be positive"),
         (lambda g: Sampling(top_p=0), ConfigError, "top_p is 0; it must be above 0"),
         (lambda g: TextStream(bytes_to_text, [""]), ConfigError, "stop is ''"),

@@ -14,11 +14,13 @@ from flax import nnx
 import eval as eval_script
 from gqe_jax import AttentionConfig, ConfigError, MeshConfig, ModelConfig, Transformer
 from gqe_jax.data import DataError
-from gqe_jax.data.tokenizers import ByteTokenizer
+from gqe_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from gqe_jax.evaluation.run import EvalConfig
 from gqe_jax.evaluation.tasks import compare, evaluate_tasks, load_tasks
+from gqe_jax.generation import Sampling
 from gqe_jax.runs import RestoredRun
 from gqe_jax.sharding import make_mesh
+from tests.gqe_jax import special
 from tests.gqe_jax.runs import save_untrained, small_config
 
 pytest.importorskip("lm_eval", reason="needs the extra: pip install -e '.[eval]'")
@@ -117,6 +119,83 @@ def test_a_context_is_cut_from_the_left_and_a_continuation_never(log_probabiliti
     kept = list(b"3" + long.encode())
     table = log_probabilities(kept)[:-1]
     assert whole[0] == pytest.approx(table[np.arange(31), kept[1:]].sum(), abs=1e-4)
+
+
+def test_log_likelihoods_begin_with_bos_as_in_the_harness_own_model(log_probabilities, tmp_path):
+    """The token lists are those that `HFLM` makes of the library's tokenizer.
+
+    With BOS where the post-processor adds it, which is then the prefix of whole texts too.
+    """
+    from gqe_jax.evaluation.harness import HarnessModel
+
+    tokenizer = load_tokenizer(special.write(tmp_path) / "tokenizer.json")
+    run = restored(dataclasses.replace(REPEATS, embedding_init_std=0.1), MeshConfig(data=8))
+    run = dataclasses.replace(run, tokenizer=tokenizer)
+    model = HarnessModel(run, batch_size=8, max_length=60)
+    assert (model.prefix_token_id, model.eot_token_id) == (special.BOS, special.EOS)
+
+    theirs = special.make_tokenizer()
+    pairs = [("the query", " of Paris"), ("", "the group"), ("a ", "Q is"), ("<s> a", " Q")]
+    answers = model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    due = [
+        (theirs.encode("the query").ids, theirs.encode("the query of Paris").ids),
+        ([special.BOS], [special.BOS, *theirs.encode("the group", add_special_tokens=False).ids]),
+        (theirs.encode("a").ids, theirs.encode("a Q is").ids),
+        (theirs.encode("a").ids, theirs.encode("a Q").ids),
+    ]
+    for (context, whole), (value, _) in zip(due, answers, strict=True):
+        table = log_probabilities(whole)[len(context) - 1 : -1]
+        scored = whole[len(context) :]
+        assert value == pytest.approx(table[np.arange(len(scored)), scored].sum(), abs=1e-4)
+
+    (rolled,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", [("the query",)]))
+    stream = [special.BOS, *theirs.encode("the query").ids]
+    table = log_probabilities(stream)[:-1]
+    assert rolled == pytest.approx(table[np.arange(len(table)), stream[1:]].sum(), abs=1e-4)
+
+    options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    (text,) = model.generate_until(requests("generate_until", [("the query", options)]))
+    row = theirs.encode("the query").ids
+    for _ in range(3):
+        row.append(int(log_probabilities(row)[-1].argmax()))
+    assert text == theirs.decode(row)[len("the query") :]
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True}, Sampling(1.0)),  # the default temperature of `transformers`
+        ({"do_sample": True, "temperature": None, "top_p": None}, Sampling(1.0)),
+        ({"do_sample": True, "temperature": 0.5, "top_k": 4, "top_p": 0.9}, Sampling(0.5, 4, 0.9)),
+        ({"do_sample": False, "temperature": 0.5}, Sampling()),
+        ({"temperature": 0.5, "top_k": 0}, Sampling(0.5)),
+        ({"until": None, "max_gen_toks": "8"}, Sampling()),
+    ],
+)
+def test_a_tasks_sampling_has_the_defaults_of_transformers(given, sampling):
+    from gqe_jax.evaluation.harness import _options, _sampling
+
+    assert _sampling(_options(given)) == sampling
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": "hot"},
+        {"do_sample": True, "temperature": -1},
+        {"do_sample": True, "top_k": "x"},
+        {"temperature": 1, "top_p": [1]},
+        {"until": [3]},
+        {"max_gen_toks": 0},
+        {"max_gen_toks": [1]},
+    ],
+)
+def test_a_tasks_bad_options_are_named(given):
+    from gqe_jax.evaluation.harness import _options, _sampling
+
+    with pytest.raises(ConfigError, match=r"generation_kwargs .*correct the task"):
+        _sampling(_options(given))
 
 
 CHOICES = [  # for a model that repeats the last byte of the question

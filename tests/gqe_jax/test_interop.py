@@ -299,6 +299,34 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
             read_model(directory, "float32")
 
 
+@pytest.mark.parametrize("stale", ["whole", "a shard is gone", "no JSON"])
+def test_one_file_comes_before_an_index(stale, tmp_path):
+    """The order of `transformers`: an older index, with its shards or without, does not count."""
+    config = CONFIGS["qwen3"]
+    new = random_tensors(config)
+    old = {name: array + 1 for name, array in new.items()}
+    directory = write(tmp_path / "both", config, old, shards=2)
+    save_file(new, directory / WEIGHTS_FILE)
+    if stale == "no JSON":
+        (directory / INDEX_FILE).write_text("{")
+    elif stale == "a shard is gone":
+        next(directory.glob("*-of-*")).unlink()
+    tensors = Tensors(directory)
+    for name, array in new.items():
+        np.testing.assert_array_equal(tensors.read(name), array)
+
+
+def test_an_index_whose_shards_are_gone_is_named_with_both_remedies(tmp_path):
+    config = CONFIGS["qwen3"]
+    directory = write(tmp_path / "stale", config, random_tensors(config), shards=2)
+    for shard in directory.glob("*-of-*"):
+        shard.unlink()
+    (directory / "other.safetensors").write_bytes(b"")
+    message = r"model-00001-of-00002.safetensors is missing, which .*index.json lists; copy it, or"
+    with pytest.raises(WeightsError, match=message):
+        Tensors(directory)
+
+
 def test_damaged_files_are_named(tmp_path):
     config = CONFIGS["qwen3"]
     good = write(tmp_path / "good", config, random_tensors(config), shards=2)
@@ -352,6 +380,40 @@ def test_damaged_files_are_named(tmp_path):
         ({"attention_bias": True}, "attention_bias is True; our model supports only False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": None}, "hidden_size is None; it must be an integer"),
+        ({"hidden_size": "32"}, "hidden_size is '32'; it must be an integer from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be an integer from 1"),
+        ({"num_attention_heads": 64, "head_dim": None}, "head_dim is 0; it must be"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be an integer"),
+        ({"vocab_size": [40]}, r"vocab_size is \[40\]; it must be an integer"),
+        ({"intermediate_size": 1 << 40}, "intermediate_size is 1099511627776; it must be"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"initializer_range": []}, r"initializer_range is \[\]; it must be a positive number"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; it must be a positive number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; it must be llama or qwen3"),
+        ({"layer_types": 5}, "layer_types has 5; our model"),
+        ({"layer_types": [["full_attention"]]}, r"layer_types has \['full_attention'\]; our"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_scaling.factor is None; it must be"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "rope_scaling.factor is '8'; it must be"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": []}}, r"low_freq_factor is \[\]; it must"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling.high_freq_factor is 1"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": "24"}},
+            "rope_scaling.original_max_position_embeddings is '24'; it must be an integer",
+        ),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"of type \['linear'\]; it must be default"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta is '1e4'; it"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; our"),
+        ({"rope_parameters": {"sliding_attention": {}}}, "must have fields for full_attention"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": "x"}}},
+            "rope_parameters.full_attention.factor is 'x'; it must be a positive number",
+        ),
         ({"num_key_value_heads": 3}, "num_query_experts is 4; it must be a multiple"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn'; it must be default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "type linear lacks factor"),
@@ -368,6 +430,58 @@ def test_both_spellings_of_the_rotary_fields():
     new = {name: value for name, value in old.items() if not name.startswith("rope_")}
     new["rope_parameters"] = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
     assert to_model_config(new, dtype="float32") == to_model_config(old, dtype="float32")
+
+
+def test_rotary_fields_by_the_type_of_a_layer():
+    """As of transformers 5; the types that no layer has do not count."""
+    old = CONFIGS["llama"]
+    new = {name: value for name, value in old.items() if not name.startswith("rope_")}
+    fields = old["rope_scaling"] | {"rope_theta": old["rope_theta"]}
+    types = {"full_attention": fields, "sliding_attention": {"rope_type": "yarn"}}
+    found = to_model_config(new | {"rope_parameters": types}, dtype="float32")
+    assert found == to_model_config(old, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "config.json is not JSON"),
+        (b"\xff\xfe{}", "config.json is not JSON"),
+        ("[1]", "config.json must be an object of fields"),
+        (
+            json.dumps(CONFIGS["llama"] | {"num_hidden_layers": 1 << 30}),
+            r"config.json: num_hidden_layers is 1073741824; .* has only 21 tensors",
+        ),
+        (
+            json.dumps({"model_type": "gqe", "model": {"norm_epsilon": 10**400}}),
+            r"config.json: norm_epsilon is 10+; it must be a finite number",
+        ),
+        (
+            json.dumps({"model_type": "gqe", "model": {"mlp_dim": 10**30}}),
+            r"config.json: mlp_dim is 10+; it must be at most 2147483647",
+        ),
+        (
+            json.dumps({"model_type": "gqe", "model": {"norm_epsilon": float("inf")}}),
+            "config.json: norm_epsilon is inf; it must be positive",
+        ),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(content, message, tmp_path):
+    directory = write(tmp_path / "source", CONFIGS["llama"], random_tensors(CONFIGS["llama"]))
+    content = content.encode() if isinstance(content, str) else content
+    (directory / "config.json").write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        read_model(directory, "float32")
+
+
+@pytest.mark.parametrize("shard", [None, 3, ["a"], {}, "", "..", "../a.safetensors", "a\0b", "a"])
+def test_a_weight_map_that_names_no_file_is_an_error(shard, tmp_path):
+    directory = write(tmp_path / "source", CONFIGS["llama"], random_tensors(CONFIGS["llama"]), 2)
+    index = json.loads((directory / INDEX_FILE).read_text())
+    index["weight_map"][QUERY] = shard
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=f"names the file .* for tensor {QUERY}"):
+        read_model(directory, "float32")
 
 
 def test_defaults_are_those_of_hugging_face():
