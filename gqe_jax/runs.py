@@ -173,8 +173,8 @@ class Run:
         """
         own, corpus = location(self.directory) / TOKENIZER_FILE, self.config.data.corpus
         if named is not None or own.is_file() or corpus == STDLIB:
-            named = named or (own if own.is_file() else BYTE)
-            tokenizer = load_tokenizer(named, end_of_document)
+            chosen = named or (own if own.is_file() else BYTE)
+            tokenizer = load_tokenizer(chosen, end_of_document)
         else:
             try:
                 tokenizer = corpus_tokenizer(location(corpus), read_manifest(location(corpus)))

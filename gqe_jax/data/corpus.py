@@ -198,7 +198,7 @@ def _make_locked(partial: pathlib.Path) -> int:
 
 def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
-    content = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    content: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(manifest)}
     if not manifest.document_prefix:  # as without the field, so that the fingerprint is the same
         del content["document_prefix"]
     write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")

@@ -119,7 +119,7 @@ def _number(values: dict[str, Any], field: str, default: float | None, where: st
     """A positive number that float32 holds; null is the default."""
     value = values.get(field)
     value = default if value is None else value
-    if type(value) not in (int, float) or not _SMALLEST <= value <= _LARGEST:
+    if type(value) not in (int, float) or value is None or not _SMALLEST <= value <= _LARGEST:
         raise WeightsError(f"{where}{field} is {value!r}; it must be a positive number")
     return float(value)
 

@@ -76,12 +76,14 @@ def _attention(static: _Static, flat: Flat, mask: Mask):
     return _attention_forward(static, flat, mask)[0]
 
 
+@jax.enable_x64(False)  # Mosaic has no 64-bit integers
 def _attention_forward(static: _Static, flat: Flat, mask: Mask):
     run = functools.partial(forward, **static._asdict())
     slots, logsumexp = without("derivative of its gradient", "pallas_tpu", run)(flat, mask)
     return slots, (flat, mask, slots, logsumexp)
 
 
+@jax.enable_x64(False)
 def _attention_backward(static: _Static, residuals, d_slots):
     gradients = functools.partial(_gradients, static)
     gradients = without("derivative of its gradient", "pallas_tpu", gradients)
