@@ -97,14 +97,43 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
         )
 
 
+def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The axes of more than one device that are not manual, and their sizes.
+
+    Inside `jax.shard_map` its axes are manual: arrays are shards over them already.
+    """
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {
+        name: size
+        for name, size in mesh.shape.items()
+        if size > 1 and types[name] != AxisType.Manual
+    }
+
+
+def check_rules(mesh: Mesh | AbstractMesh) -> None:
+    """Checks that `RULES` says of each axis of the mesh what it shards.
+
+    Raises:
+      ConfigError: names the axes that `RULES` does not have.
+    """
+    known = {name for names in RULES.values() for name in names}
+    if unknown := [name for name in free_axes(mesh) if name not in known]:
+        raise ConfigError(
+            f"the mesh has the axes {', '.join(map(repr, unknown))}, and gqe_jax.sharding.RULES "
+            f"does not say what they shard, so each device would get the whole batch; say it "
+            f"before the first call, such as RULES['batch'] = ({unknown[0]!r},), or "
+            f"RULES['repeated'] = ({unknown[-1]!r},) for an axis over which the layer is repeated"
+        )
+
+
 def partition_spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """The spec of an array with these logical axes, by `RULES`; omits mesh axes of size 1."""
-    entries = []
+    """The spec of an array with these logical axes, by `RULES`, over the `free_axes`."""
+    entries, free = [], free_axes(mesh)
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in RULES.get(axis or "", ()) if mesh.shape.get(name, 1) > 1)
-        while names and size % math.prod(mesh.shape[name] for name in names):
+        names = tuple(name for name in RULES.get(axis or "", ()) if name in free)
+        while names and size % math.prod(free[name] for name in names):
             names = names[:-1]
         entries.append(names or None)
     return PartitionSpec(*entries)
@@ -133,9 +162,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def constrain(x: Array, *axes: str | None) -> Array:
     """Constrains an activation's sharding on the current mesh (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not any(name in mesh.shape for name in RULES["batch"]):
+    if mesh.empty or not any(name in free_axes(mesh) for name in RULES["batch"]):
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of the mesh whose shardings are a part of the types of arrays."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in axes if kind == AxisType.Explicit)
 
 
 @dataclasses.dataclass(frozen=True)

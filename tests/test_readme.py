@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from gqe_jax.sharding import RULES
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 DOCUMENTS = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -21,6 +23,16 @@ EXAMPLES = [
 OTHER_PROJECTS = ("tunix",)  # large: an extra, not installed for the tests
 
 
+@pytest.fixture
+def own_rules():
+    """The table of mesh axes, which an example edits, is as it was afterwards."""
+    saved = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(saved)
+
+
+@pytest.mark.usefixtures("own_rules")
 @pytest.mark.parametrize(("document", "example"), EXAMPLES)
 def test_examples_run(document, example):
     for module in OTHER_PROJECTS:

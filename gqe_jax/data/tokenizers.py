@@ -116,7 +116,9 @@ class FileTokenizer:
             special = tokenizers.AddedToken(added.content, special=True, **kept)
             self._tokenizer.add_special_tokens([special])
         found = self._tokenizer.get_added_tokens_decoder().items()
-        self.special_texts: Mapping[int, str] = {token: each.content for token, each in found if each.special}
+        self.special_texts: Mapping[int, str] = {
+            token: each.content for token, each in found if each.special
+        }
 
     @property
     def end_of_document(self) -> int:

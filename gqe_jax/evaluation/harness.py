@@ -183,7 +183,9 @@ def _options(given: dict) -> dict[str, Any]:
       ConfigError: a value is of the wrong type.
     """
     try:
-        options: dict[str, Any] = dict(normalize_gen_kwargs({k: v for k, v in given.items() if v is not None}))
+        options: dict[str, Any] = dict(
+            normalize_gen_kwargs({k: v for k, v in given.items() if v is not None})
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"generation_kwargs is {given!r}; correct the task: {error}") from None
     if options["max_gen_toks"] < 1 or not all(isinstance(s, str) for s in options["until"]):

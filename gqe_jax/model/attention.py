@@ -36,10 +36,12 @@ Modules hold parameters and configuration and no other state: a call is a pure f
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -48,6 +50,7 @@ from gqe_jax.model import routing
 from gqe_jax.model.cache import KVCache, with_cache
 from gqe_jax.model.layers import apply_rope, projection, rms_norm
 from gqe_jax.model.sharded_attention import sharded
+from gqe_jax.sharding import explicit_axes
 from gqe_kernels import Attention, Implementation, Routed, Slots, get_attention
 from gqe_kernels.contract import AnyArray, default_scale
 
@@ -131,6 +134,8 @@ class _Attention(nnx.Module):
                 raise ValueError(f"{name} has shape {array.shape}; it must be {x.shape[:2]}")
         if mask is not None:
             segment_ids = jnp.where(mask, 1 if segment_ids is None else segment_ids, 0)
+        if explicit := explicit_axes(jax.sharding.get_abstract_mesh()):
+            return self._in_auto_mode(explicit, x, positions, segment_ids, cache, return_routing)
         if segment_ids is not None:
             x = jnp.where((segment_ids != 0)[:, :, None], x, 0)  # NaN at padding reaches no weight
         slots, aux, cache = self.slots(
@@ -141,6 +146,30 @@ class _Attention(nnx.Module):
             return_routing=return_routing,
         )
         return self.out(slots), aux, cache
+
+    def _in_auto_mode(self, explicit, x, positions, segment_ids, cache, return_routing):
+        """The call, in which XLA chooses the shardings between the arguments and the results.
+
+        The output and the cache are sharded as the input and the cache given are.
+        """
+        graphdef, params = nnx.split(self)
+
+        def call(params, x, positions, segment_ids, cache):
+            return nnx.merge(graphdef, params)(
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
+            )
+
+        whole: Any = PartitionSpec()
+        routed = whole if return_routing and self.config.variant != "gqa" else None
+        aux = AttentionAux(whole, whole, whole, whole, routed, routed)
+        spec_of = lambda leaf: jax.typeof(leaf).sharding.spec  # noqa: E731
+        specs = spec_of(x), aux, jax.tree.map(spec_of, cache)
+        in_auto_mode: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=specs)
+        return in_auto_mode(params, x, positions, segment_ids, cache)
 
     def _positions(self, x, positions, cache):
         if x.shape[2] != self.config.embed_dim:

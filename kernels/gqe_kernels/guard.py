@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from gqe_kernels.contract import AnyArray, Mask, Routed, Slots
+from gqe_kernels.varying import vary_alike
 
 
 def guarded[**Options](
@@ -33,6 +34,7 @@ def guarded[**Options](
         if routed.query.size == 0 or routed.key.size == 0:
             batch, q_len, *_, head_dim = routed.query.shape
             return jnp.zeros((batch, q_len, routed.num_slots, head_dim), routed.query.dtype)
+        routed, mask = vary_alike((routed, mask))
         slots = attention(_without_unseen(routed, mask), mask, scale, *args, **kwargs)
         if mask.q_segment_ids is None:
             return slots

@@ -17,6 +17,7 @@ from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.derivatives import without
 from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
+from gqe_kernels.varying import vary_over, varying_axes
 
 MASKED = -1e30
 
@@ -128,6 +129,7 @@ def _flash(tiling, query, key, value, mask):
 def _flash_forward(tiling, query, key, value, mask):
     size = tiling.blocks
     num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
+    axes = varying_axes(query)
 
     def row_of_blocks(i):
         query_i = _block(query, i, size.q, 3)
@@ -154,6 +156,7 @@ def _flash_forward(tiling, query, key, value, mask):
             jnp.full(rows, MASKED, jnp.float32),
             jnp.zeros(rows, jnp.float32),
         )
+        start = tuple(vary_over(x, axes) for x in start)
         last = _last_kv_block(tiling, mask, i, num_kv)
         acc, row_max, row_sum = lax.fori_loop(0, last, tile, start)
         out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
@@ -176,6 +179,7 @@ def _gradients(tiling, residuals, d_out):
     query, key, value, mask, out, logsumexp = residuals
     size = tiling.blocks
     num_q, num_kv = query.shape[3] // size.q, key.shape[2] // size.kv
+    axes = varying_axes(query)
     # Row sums of probability × its gradient, by the identity sum_k p dp = out · d_out.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
@@ -208,14 +212,13 @@ def _gradients(tiling, residuals, d_out):
             d_query = lax.dynamic_update_slice_in_dim(d_query, d_query_i, i * size.q, 3)
             return d_query, d_key_j, d_value_j
 
-        zeros = jnp.zeros(key_j.shape, jnp.float32)
+        zeros = vary_over(jnp.zeros(key_j.shape, jnp.float32), axes)
         first = _first_q_block(tiling, mask, j, num_q)
         d_query, d_key_j, d_value_j = lax.fori_loop(first, num_q, tile, (d_query, zeros, zeros))
         return d_query, (d_key_j.astype(key.dtype), d_value_j.astype(value.dtype))
 
-    d_query, (d_key, d_value) = lax.scan(
-        column_of_blocks, jnp.zeros(query.shape, jnp.float32), jnp.arange(num_kv)
-    )
+    start = vary_over(jnp.zeros(query.shape, jnp.float32), axes)
+    d_query, (d_key, d_value) = lax.scan(column_of_blocks, start, jnp.arange(num_kv))
     d_key, d_value = (jnp.moveaxis(x, 0, 2).reshape(key.shape) for x in (d_key, d_value))
     return d_query.astype(query.dtype), d_key, d_value
 

@@ -137,10 +137,12 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.enable_x64(False)  # the kernels' integers have 32 bits
 def _attention(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
     return forward(operands, mask, visited.forward, **static._asdict()).slots
 
 
+@jax.enable_x64(False)
 def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
     selects = operands.expert_index is not None
     run = functools.partial(forward, keep_selected=selects, **static._asdict())
@@ -153,6 +155,7 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     return found.slots, (operands, mask, visited, found)
 
 
+@jax.enable_x64(False)
 def _attention_backward(static: _Static, residuals, d_slots):
     gradients = functools.partial(_gradients, static)
     gradients = without("derivative of its gradient", "pallas_gpu", gradients)
