@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu warns at length where th
 import argparse
 import collections
 import dataclasses
+import logging
 import pathlib
 import random
 import re
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, help="a new directory that is kept")
     arguments = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells that it only reads
     with tempfile.TemporaryDirectory() as temporary:
         for phase in ("train", *PHASES) if arguments.phase == "all" else (arguments.phase,):
             directory = (arguments.output or pathlib.Path(temporary)) / phase

@@ -159,35 +159,36 @@ def disturb_reports(
     corpus = make_corpus(directory)
     cache = directory / "cache"
     undisturbed = small_config(corpus, directory / "undisturbed", steps=6)
-    [process] = start_job(undisturbed, 1, cache=cache)
-    run_to_end(process)
+    run_to_end(start_job(undisturbed, 1, cache=cache)[0])
     drawn = files(pathlib.Path(undisturbed.run_dir) / "report")
     assert len(drawn) == 4, sorted(drawn)
 
     config = dataclasses.replace(undisturbed, run_dir=str(directory / "killed"))
     report = pathlib.Path(config.run_dir) / "report"
+    metrics = pathlib.Path(config.run_dir) / METRICS_FILE
     for number in (SIGNALS[i % len(SIGNALS)] for i in range(count)):
+        before = modified(metrics)
         [process] = start_job(config, 1, cache=cache)
-        wait_for_report(process, config)
-        target = rng.randint(0, 3)
-        wait_until(lambda target=target: len(files(report)) >= target, process)
-        time.sleep(rng.uniform(0, 0.2))
+        # A run that was at its end opens its metrics and has nothing to do but the report.
+        wait_until(lambda before=before: modified(metrics) > before, process)
+        wait_until(lambda: is_scored(config), process)
+        time.sleep(rng.uniform(0, 1))
         during = process.poll() is None and len(files(report)) < len(drawn)
-        # Training is over, so a signal ends the process as it ends any other.
-        statuses = {-number} | ({128 + number} if number == signal.SIGINT else set())
+        statuses = {-number} if number == signal.SIGKILL or not during else set()
         yield send(process, number, statuses, during=during)
-        check_locks(config, None)
+        check_locks(config, number)
         found = {name: content for name, content in files(report).items() if name in drawn}
         assert found == {name: drawn[name] for name in found}
+        assert number == signal.SIGKILL or len(found) == len(drawn)
         shutil.rmtree(report, ignore_errors=True)
     run_to_end(start_job(config, 1, cache=cache)[0])
     compare_runs(config, undisturbed)
 
 
-def wait_for_report(process: subprocess.Popen, config: RunConfig) -> None:
-    """Waits until a run gives its lock back, after which it draws its report."""
-    wait_until(lambda: holds_lock(process, config), process)
-    wait_until(lambda: not holds_lock(process, config), process)
+def is_scored(config: RunConfig) -> bool:
+    """Whether the last step is evaluated."""
+    scored = [line["step"] for line in read_metrics(config.run_dir) if "eval_loss" in line]
+    return config.steps in scored
 
 
 def run_to_end(process: subprocess.Popen) -> None:
