@@ -286,9 +286,9 @@ def disturb_preparations(
     output = directory / "killed"
     for number in (SIGNALS[i % len(SIGNALS)] for i in range(count)):
         process, finished = begin_preparing(texts, output)
-        target = rng.randint(finished(), 8)
+        target = rng.randint(0, 6)
         wait_until(lambda finished=finished, target=target: finished() >= target, process)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.3))
         workers, during = children(process), not output.exists()
         yield send(process, number, {-number, 128 + number}, during=during)
         deadline = time.monotonic() + SECONDS_TO_END
