@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -63,7 +64,8 @@ def _expand_home(value: Any) -> Any:
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:
     """Calls `function`; a `UserError` ends the program with its message and status 1.
 
-    So does a failure of files that a user can mend, such as a full disk (`storage.explain`).
+    So does a failure of files that a user can mend, such as a full disk (`storage.explain`). SIGINT
+    ends it with a line and status 130.
 
     Args:
       function: what the command does.
@@ -76,6 +78,9 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         if all_processes:
             processes.join()
         return function()
+    except KeyboardInterrupt:
+        print("SIGINT: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         mendable = str(error) if isinstance(error, UserError) else explain(error)
         if mendable is not None:

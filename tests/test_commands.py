@@ -91,3 +91,14 @@ def test_eval_names_what_is_wrong(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {tmp_path} has no checkpoints")
     assert run("eval.py").returncode == 2
+
+
+def test_sigint_ends_a_command_with_a_line():
+    program = """
+import signal
+from gqe_jax.commands import run_command
+run_command(lambda: signal.raise_signal(signal.SIGINT))
+"""
+    result = run("-c", program)
+    assert result.returncode == 130
+    assert result.stderr == "SIGINT: stopped\n"

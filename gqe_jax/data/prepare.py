@@ -45,6 +45,7 @@ from gqe_jax.storage import Location, file_sizes, find, is_remote, location, wri
 OnError = Literal["stop", "skip"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXAMPLES = 3  # of skipped records, shown at the end
+_TASK_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _run_task(
 
 
 def prepare(
-    config: PrepareConfig, *, progress: bool = True, task_bytes: int = 64 << 20
+    config: PrepareConfig, *, progress: bool = True, task_bytes: int = _TASK_BYTES
 ) -> Manifest:
     """Writes the corpus and returns its manifest; an interrupted or failed run leaves no output.
 
@@ -391,13 +392,13 @@ def _stop(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def main() -> None:
-    """Runs the command line."""
+def main(*, task_bytes: int = _TASK_BYTES) -> None:
+    """Runs the command line; `task_bytes` as of `prepare`."""
     config = parse(PrepareConfig, sys.argv[1:], prog="prepare", description=__doc__)
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _stop)
-    manifest = run_command(lambda: prepare(config))
+    manifest = run_command(lambda: prepare(config, task_bytes=task_bytes))
     for split, info in manifest.splits.items():
         print(
             f"{split}: {info.num_documents} documents, {info.num_tokens} tokens, "

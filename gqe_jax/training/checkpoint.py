@@ -81,13 +81,18 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
-def _checkpoint_directory(run_dir: str | os.PathLike | UPath) -> epath.Path:
+def checkpoint_directory(run_dir: str | os.PathLike | UPath) -> epath.Path:
+    """The directory of a run's checkpoints.
+
+    Raises:
+      ConfigError: Orbax cannot write there; of object stores, it knows Google Cloud Storage only.
+    """
     path = location(run_dir)
     if not is_remote(path):
         return epath.Path(path.absolute()) / DIRECTORY
-    if path.protocol not in ("gs", "s3"):
+    if path.protocol != "gs":
         raise ConfigError(
-            f"run_dir is '{path}'; checkpoints go to a local directory, gs:// or s3://"
+            f"run_dir is '{path}'; checkpoints go to a local or mounted directory, or to gs://"
         )
     return epath.Path(str(path)) / DIRECTORY
 
@@ -107,7 +112,7 @@ class Checkpoints:
     def __init__(
         self, run_dir: str | os.PathLike | UPath, *, keep: int = 3, read_only: bool = False
     ):
-        self.directory = _checkpoint_directory(run_dir)
+        self.directory = checkpoint_directory(run_dir)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,

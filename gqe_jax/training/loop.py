@@ -25,7 +25,13 @@ from gqe_jax.evaluation import evaluate
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
-from gqe_jax.training.checkpoint import LOSS, TOKENS, Checkpoints, NonFiniteStateError
+from gqe_jax.training.checkpoint import (
+    LOSS,
+    TOKENS,
+    Checkpoints,
+    NonFiniteStateError,
+    checkpoint_directory,
+)
 from gqe_jax.training.lock import RunLock
 from gqe_jax.training.optimizer import warmup_stable_decay
 from gqe_jax.training.state import TrainState
@@ -112,6 +118,7 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
       RunLockedError: another job trains this run.
       NonFiniteLossError: the loss became infinite or NaN.
     """
+    checkpoint_directory(config.run_dir)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
     check_divides(config, dict(mesh.shape))
     corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)

@@ -1,14 +1,27 @@
-"""Kills a run of two processes at random moments, again and again, and looks at what becomes of it.
+"""Kills and signals at random moments, again and again, and what becomes of the work.
 
-    python -m tests.gqe_jax.kills --kills 50
+    python -m tests.gqe_jax.kills --phase all --kills 50
 
-Each time one process dies by SIGKILL, every other time while a checkpoint is being written. The
-other must end by itself, the next start go on from a whole checkpoint, and the last state be, bit
-for bit, that of a run that nothing disturbed.
+Each phase disturbs a command `kills` times, starts the same command again each time, and compares
+its end, bit for bit, with that of a command that nothing disturbed:
+
+- `train`: of a job of two processes, one dies by SIGKILL, every other time while a checkpoint is
+  being written. The other must end by itself, and the next start go on from a whole checkpoint.
+- `evaluate`, `report`: SIGTERM, SIGINT, SIGHUP and SIGKILL reach `train.py` while it evaluates, or
+  while it draws the report at the end of a run.
+- `prepare`: the same signals reach `gqe_jax.data.prepare` and its workers.
+
+The lock of the run directory is taken over each time, without a wait.
 """
 
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu warns at length where there is no TPU
+
 import argparse
+import collections
 import dataclasses
+import logging
 import pathlib
 import random
 import re
@@ -22,6 +35,7 @@ from gqe_jax.config import MeshConfig, RunConfig
 from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.jobs import finish, kill_one, reach, start_job
 from tests.gqe_jax.runs import make_corpus, saved_state, small_config
+from tests.gqe_jax.signalled import PHASES
 
 SECONDS_TO_END = 60
 """In which the others must miss a dead process."""
@@ -77,6 +91,7 @@ def kill_once(
     kill_one(job, index)
     results = finish(job, timeout=SECONDS_TO_END)
     seconds = time.monotonic() - died
+    assert "sign of life" not in results[0][1], results  # the lock was taken over without a wait
     began_at = _check_start(results[0][1], before)
     if results[index][0] == 0:
         return None
@@ -125,21 +140,46 @@ def run_kills(
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--phase", choices=("train", *PHASES, "all"), default="train")
+    parser.add_argument("--kills", type=int, default=50, help="for each phase")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, help="a directory that is kept")
+    parser.add_argument("--output", type=pathlib.Path, help="a new directory that is kept")
     arguments = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells that it only reads
     with tempfile.TemporaryDirectory() as temporary:
-        directory = arguments.output or pathlib.Path(temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        corpus = make_corpus(directory)
-        steps = 6 * arguments.kills + 10
-        done = run_kills(directory, corpus, arguments.kills, steps=steps, seed=arguments.seed)
+        for phase in ("train", *PHASES) if arguments.phase == "all" else (arguments.phase,):
+            directory = (arguments.output or pathlib.Path(temporary)) / phase
+            directory.mkdir(parents=True)
+            if phase == "train":
+                _disturb_training(directory, arguments.kills, arguments.seed)
+            else:
+                _disturb(phase, directory, arguments.kills, arguments.seed)
+
+
+def _disturb_training(directory: pathlib.Path, kills: int, seed: int) -> None:
+    corpus = make_corpus(directory)
+    done = run_kills(directory, corpus, kills, steps=6 * kills + 10, seed=seed)
     saves = sum(kill.saved for kill in done)
     longest = max(kill.seconds for kill in done)
     print(
-        f"{len(done)} kills, {saves} during a save; the other process ended within "
-        f"{longest:.1f} s; the last state is that of the undisturbed run"
+        f"train: {len(done)} kills, {saves} during a save; the other process ended within "
+        f"{longest:.1f} s; the last state is that of the undisturbed run",
+        flush=True,
+    )
+
+
+def _disturb(phase: str, directory: pathlib.Path, kills: int, seed: int) -> None:
+    done = []
+    for disturbance in PHASES[phase](directory, kills, random.Random(seed)):
+        done.append(disturbance)
+        print(f"{phase} {len(done)}: {disturbance}", flush=True)
+    names = collections.Counter(each.number.name for each in done if each.during)
+    during = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
+    longest = max(each.seconds for each in done)
+    print(
+        f"{phase}: {len(done)} signals, of which in the phase: {during}; the process ended within "
+        f"{longest:.1f} s; what it makes is, bit for bit, what an undisturbed one makes",
+        flush=True,
     )
 
 

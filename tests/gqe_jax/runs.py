@@ -28,7 +28,7 @@ from gqe_jax.training.telemetry import read_metrics
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
-def make_corpus(directory: pathlib.Path) -> pathlib.Path:
+def make_corpus(directory: pathlib.Path, validation_fraction: float = 0.1) -> pathlib.Path:
     """Sentences of a small grammar: about 30,000 bytes."""
     rng = random.Random(0)
     words = ["the", "a", "query", "expert", "group", "head", "key", "value", "routes", "reads"]
@@ -38,9 +38,10 @@ def make_corpus(directory: pathlib.Path) -> pathlib.Path:
             text = " ".join(rng.choices(words, k=rng.randint(6, 18))) + f" {i}.\n"
             file.write(json.dumps({"text": text}) + "\n")
     corpus = directory / "corpus"
-    prepare(
-        PrepareConfig((str(source),), corpus, validation_fraction=0.1, processes=1), progress=False
+    config = PrepareConfig(
+        (str(source),), corpus, validation_fraction=validation_fraction, processes=1
     )
+    prepare(config, progress=False)
     return corpus
 
 

@@ -163,7 +163,7 @@ def test_a_configuration_in_the_store(bucket):
 
 
 def test_what_cannot_be_reached_is_named(bucket, monkeypatch):
-    with pytest.raises(ConfigError, match=r"run_dir is 'memory://.*a local directory, gs:// or s3"):
+    with pytest.raises(ConfigError, match=r"run_dir is 'memory://.*a local or mounted directory"):
         Checkpoints(f"{bucket}/run")
     with pytest.raises(ConfigError, match="'nowhere://x' needs a missing package"):
         location("nowhere://x")
