@@ -21,6 +21,7 @@ from gqe_kernels.contract import (
     make_mask,
     with_static_scale,
 )
+from gqe_kernels.guard import without_padding, without_unseen
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def routed_attention(
     )
     scale = default_scale(query.shape[-1]) if scale is None else scale
     routed, factor = with_static_scale(routed, scale)
-    return get_attention(implementation)(routed, mask, factor)
+    slots = get_attention(implementation)(without_unseen(routed, mask), mask, factor)
+    return without_padding(slots, mask)
 
 
 def dense_attention(

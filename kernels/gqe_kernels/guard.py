@@ -1,9 +1,4 @@
-"""What holds of every implementation, whatever its kernel does at the edges of the contract.
-
-Each function of the contract is decorated with `guarded`. Then an array without entries gives
-zeros, and what stands at padding, or at a key that no query sees, reaches no other row: neither a
-value nor a gradient, even if it is NaN.
-"""
+"""What an implementation need not treat: empty arrays, operands at padding, and varying types."""
 
 import functools
 from collections.abc import Callable
@@ -20,12 +15,7 @@ from gqe_kernels.varying import vary_alike
 def guarded[**Options](
     attention: Callable[Concatenate[Routed, Mask, float, Options], Slots],
 ) -> Callable[Concatenate[Routed, Mask, float, Options], Slots]:
-    """`attention` for every argument that the contract allows.
-
-    Args:
-      attention: a function of the contract that is right for arrays with entries and finite
-        operands.
-    """
+    """`attention` also for arrays without entries, and inside `shard_map` with its checks on."""
 
     @functools.wraps(attention)
     def whole(
@@ -34,23 +24,28 @@ def guarded[**Options](
         if routed.query.size == 0 or routed.key.size == 0:
             batch, q_len, *_, head_dim = routed.query.shape
             return jnp.zeros((batch, q_len, routed.num_slots, head_dim), routed.query.dtype)
-        routed, mask = vary_alike((routed, mask))
-        slots = attention(_without_unseen(routed, mask), mask, scale, *args, **kwargs)
-        if mask.q_segment_ids is None:
-            return slots
-        return jnp.where((mask.q_segment_ids != 0)[:, :, None, None], slots, 0)
+        return attention(*vary_alike((routed, mask)), scale, *args, **kwargs)
 
     return whole
 
 
-def _without_unseen(routed: Routed, mask: Mask) -> Routed:
-    """The operands with zeros at queries of segment 0 and at keys that no query sees."""
+def without_unseen(routed: Routed, mask: Mask) -> Routed:
+    """The operands with zeros at queries of segment 0 and at keys that no query sees.
+
+    Then what stood there reaches no other row, neither its value nor its gradient, even if it was
+    NaN: in a product with a weight of zero it would.
+    """
     if mask.q_segment_ids is not None:
         is_token = mask.q_segment_ids != 0
         names = ("query", "slot_weight", "shared_query")
         routed = routed.map_fields(names, functools.partial(_keep, is_token))
     seen = _seen_keys(mask, routed.query.shape[1], routed.key.shape[1])
     return routed if seen is None else routed.map_keys(functools.partial(_keep, seen))
+
+
+def without_padding(slots: Slots, mask: Mask) -> Slots:
+    """The slots with zeros, and no gradient, at queries of segment 0."""
+    return slots if mask.q_segment_ids is None else _keep(mask.q_segment_ids != 0, slots)
 
 
 def _keep(rows: Bool[AnyArray, "#batch length"], x: Array) -> Array:

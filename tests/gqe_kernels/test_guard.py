@@ -1,4 +1,4 @@
-"""The edges of the contract, which `guarded` treats for every implementation."""
+"""The edges of the contract, treated in one place for every implementation."""
 
 from typing import get_args
 
