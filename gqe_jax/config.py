@@ -15,6 +15,8 @@ SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
+MAX_SIZE = (1 << 31) - 1
+_MAX_ELEMENTS = 1 << 48  # of a parameter; sizes beyond 2⁶³ overflow in JAX
 
 
 class ConfigError(UserError, ValueError):
@@ -33,7 +35,13 @@ def _check_positive(config: Any, *fields: str) -> None:
 
 def _check_not_negative(config: Any, *fields: str) -> None:
     for field in fields:
-        _check(config, field, getattr(config, field) >= 0, "it must be >= 0")
+        _check(config, field, 0 <= getattr(config, field) < math.inf, "it must be >= 0 and finite")
+
+
+def _check_sizes(config: Any) -> None:
+    for field, value in vars(config).items():
+        if type(value) is int:
+            _check(config, field, value <= MAX_SIZE, f"it must be at most {MAX_SIZE}")
 
 
 def _check_choice(config: Any, field: str, choices: Any) -> None:
@@ -106,6 +114,7 @@ class AttentionConfig:
         _check_choice(self, "shared_kv", SharedKV)
         _check_positive(self, "embed_dim", "num_query_experts", "num_kv_heads", "top_k")
         _check_positive(self, "rope_theta", "qk_norm_epsilon")
+        _check_sizes(self)
         _check_not_negative(self, "router_init_std")
         experts, groups = self.num_query_experts, self.num_kv_heads
         remedy = f"it must be a multiple of num_query_experts ({experts}), or head_dim be given"
@@ -171,8 +180,22 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")
+        _check_not_negative(self, "embedding_init_std")
+        _check_sizes(self)
         _check_choice(self, "dtype", Dtype)
         _check_choice(self, "remat", Remat)
+        attention = self.attention
+        heads = attention.num_query_experts * attention.resolved_head_dim
+        elements = attention.embed_dim * max(
+            self.num_layers * max(heads, self.mlp_dim), self.vocab_size
+        )
+        if elements > _MAX_ELEMENTS:
+            raise ConfigError(
+                f"a parameter has {elements} elements, by num_layers {self.num_layers}, mlp_dim "
+                f"{self.mlp_dim}, vocab_size {self.vocab_size}, embed_dim {attention.embed_dim} "
+                f"and {attention.num_query_experts} heads of {attention.resolved_head_dim}; it can "
+                f"have at most {_MAX_ELEMENTS}"
+            )
 
     @property
     def embed_dim(self) -> int:

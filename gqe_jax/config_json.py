@@ -1,6 +1,7 @@
-"""Conversion of configurations to and from JSON dictionaries, and their comparison."""
+"""Reading of JSON; conversion of configurations to and from dictionaries, and their comparison."""
 
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -15,6 +16,19 @@ RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batche
 RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
 RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parses JSON, which is UTF-8 if it is bytes.
+
+    Raises:
+      ValueError: it is no JSON, no UTF-8, or nested too deeply.
+    """
+    text = content if isinstance(content, str) else content.decode()
+    try:
+        return json.loads(text)
+    except RecursionError:  # where `json` gives up, which no file of ours comes near
+        raise ValueError("it is nested too deeply") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

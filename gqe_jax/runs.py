@@ -29,7 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
-from gqe_jax.config_json import from_dict, to_dict
+from gqe_jax.config_json import from_dict, parse_json, to_dict
 from gqe_jax.data.corpus import corpus_tokenizer, read_manifest, written_whole
 from gqe_jax.data.stdlib import STDLIB
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -61,7 +61,7 @@ def load_config(run_dir: str | os.PathLike) -> RunConfig:
     """
     path = location(run_dir) / CONFIG_FILE
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
+        return from_dict(RunConfig, parse_json(path.read_bytes()))
     except (OSError, ValueError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"{path} is not the configuration of a run ({error})") from error
 

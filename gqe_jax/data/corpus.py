@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gqe_jax.config import ConfigError
-from gqe_jax.config_json import from_dict
+from gqe_jax.config_json import from_dict, parse_json
 from gqe_jax.data.special_tokens import SpecialTokens
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
@@ -212,7 +212,7 @@ def read_manifest(directory: Location) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"corpus {directory} has no {MANIFEST}; it must be 'stdlib' or a directory written by "
@@ -220,7 +220,7 @@ def read_manifest(directory: Location) -> Manifest:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); name a corpus directory") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); prepare the corpus again") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the corpus again")

@@ -2,7 +2,6 @@
 
 import bz2
 import io
-import json
 import lzma
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from gqe_jax.config_json import parse_json
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, is_remote
 
@@ -144,8 +144,8 @@ def _decode(data: bytes, *, lines: bool = False) -> str:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(_decode(line))
-    except (ValueError, RecursionError) as error:
+        return parse_json(_decode(line))
+    except ValueError as error:
         raise _BadRecord(f" is not JSON ({error}); each line must be an object") from None
 
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import tqdm
 
 from gqe_jax.commands import parse, run_command
-from gqe_jax.config_json import from_dict
+from gqe_jax.config_json import from_dict, parse_json
 from gqe_jax.data.corpus import (
     FORMAT,
     PARTS,
@@ -146,8 +146,8 @@ class _Parts:
 
     def read(self, number: int, config: PrepareConfig, sizes: dict[str, int]) -> Part | None:
         """What task `number` has written; None if it has to run."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # ConfigError is one
-            part = from_dict(Part, json.loads(self._path(number).read_text()))
+        with contextlib.suppress(OSError, ValueError):  # ConfigError is one
+            part = from_dict(Part, parse_json(self._path(number).read_bytes()))
             shards = [shard for split in part.splits.values() for shard in split.shards]
             whole = all(
                 sizes.get(shard.file) == self.itemsize * shard.num_tokens for shard in shards

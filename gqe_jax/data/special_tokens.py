@@ -5,11 +5,13 @@ A directory of Hugging Face's has `config.json`, `generation_config.json` and
 files, except that `config.json` is the run's; the fields of the original are in `huggingface.json`.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from gqe_jax.config_json import parse_json
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location
 
@@ -45,6 +47,23 @@ class SpecialTokens:
         return () if self.end_of_document in self.prefix else self.prefix
 
 
+@contextlib.contextmanager
+def library_errors(failure: str, remedy: str) -> Iterator[None]:
+    """Raises a DataError for any failure of the tokenizers library.
+
+    The library has no class for its errors, and where its Rust code panics, as with some damaged
+    files, what it raises is no `Exception`.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{failure} ({error}); {remedy}") from error
+
+
 def read_fields(path: Location) -> dict[str, Any]:
     """The fields of a JSON file; none if it does not exist.
 
@@ -52,12 +71,12 @@ def read_fields(path: Location) -> dict[str, Any]:
       DataError: the file is no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} must be an object of fields; copy it again")
@@ -82,6 +101,12 @@ def companions(directory: Location) -> dict[str, bytes]:
     ):
         for field in ("bos_token_id", "eos_token_id"):
             token_ids(values, field, directory / name)
+    length = model.get("max_position_embeddings")
+    if length is not None and (type(length) is not int or length < 1):
+        raise DataError(
+            f"{directory}: max_position_embeddings is {length!r} in config.json or "
+            f"{IMPORTED_FILE}; it must be a positive integer, or null"
+        )
     paths = (directory / name for name in COMPANIONS)
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     return files | ({IMPORTED_FILE: to_json(model)} if model else {})

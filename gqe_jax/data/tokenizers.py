@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from gqe_jax.data.special_tokens import SpecialTokens, special_tokens
+from gqe_jax.data.special_tokens import SpecialTokens, library_errors, special_tokens
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, location
 
@@ -84,13 +84,15 @@ class FileTokenizer:
         import tokenizers  # not needed for bytes
 
         self._path = path
-        try:
+        remedy = "it must be 'byte' or a tokenizer.json of the tokenizers library"
+        with library_errors(f"tokenizer {path} cannot be read", remedy):
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:
-            raise DataError(
-                f"tokenizer {path} cannot be read ({error}); it must be 'byte' or a tokenizer.json "
-                "of the tokenizers library"
-            ) from error
+            self._set_up(end_of_document)
+
+    def _set_up(self, end_of_document: str | int | None) -> None:
+        import tokenizers
+
+        path = self._path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -138,23 +140,21 @@ class FileTokenizer:
             self._tokenizer.encode_special_tokens = False
 
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str]) -> list[np.ndarray]:
-        try:
+        remedy = "correct it: it needs a token for unknown text, for example"
+        with library_errors(f"tokenizer {self._path} cannot encode a text", remedy):
             encodings = encode(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library has no class of its own
-            raise DataError(
-                f"tokenizer {self._path} cannot encode a text ({error}); correct it: it needs a "
-                "token for unknown text, for example"
-            ) from error
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
         """The text of each result of `encode_documents`."""
         ids = [tokens.tolist() for tokens in documents]
-        return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+        with library_errors(f"tokenizer {self._path} cannot decode tokens", "correct its decoder"):
+            return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
 
     def decode(self, tokens: Sequence[int | np.integer] | np.ndarray) -> str:
         """The text, without special tokens."""
-        return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+        with library_errors(f"tokenizer {self._path} cannot decode tokens", "correct its decoder"):
+            return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,18 +1,17 @@
 """Conversion between Hugging Face's config.json of Llama and Qwen3 and a `gqa` ModelConfig."""
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from gqe_jax.config import AttentionConfig, ConfigError, Dtype, ModelConfig, RopeScaling
+from gqe_jax.config import MAX_SIZE, AttentionConfig, ConfigError, Dtype, ModelConfig, RopeScaling
+from gqe_jax.config_json import parse_json
 from gqe_jax.interop.tensors import WeightsError
 
 CONFIG_FILE = "config.json"
 LLAMA, QWEN3 = "llama", "qwen3"
 
-MAX_SIZE = (1 << 31) - 1
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo("f4").tiny, np.finfo("f4").max))
 
 _ROPE_FIELDS = {
@@ -39,10 +38,10 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise WeightsError(f"{path} must be an object of fields")

@@ -70,11 +70,6 @@ def read_model(directory: pathlib.Path, dtype: Dtype) -> tuple[ModelConfig, nnx.
         if values.get("model_type") == GQE:
             config = from_dict(ModelConfig, values.get("model"))
             config = dataclasses.replace(config, dtype=dtype)
-            for field, value in (vars(config) | vars(config.attention)).items():
-                if type(value) is int and value > hf_config.MAX_SIZE:
-                    raise WeightsError(
-                        f"{field} is {value}; it must be at most {hf_config.MAX_SIZE}"
-                    )
         else:
             config = hf_config.to_model_config(values, dtype=dtype)
     except (ConfigError, WeightsError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gqe_jax.config_json import parse_json
 from gqe_jax.errors import UserError
 from gqe_jax.storage import Location
 
@@ -69,9 +70,9 @@ class Tensors:
 
     def _open_shards(self, index: pathlib.Path) -> None:
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = parse_json(index.read_bytes())["weight_map"]
             named = list(listed.items())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} has no weight_map ({error!r}); copy it again") from None
         except OSError as error:
             raise WeightsError(f"{index} cannot be read ({error}); copy it again") from None
@@ -153,11 +154,11 @@ def _damage(file: pathlib.Path) -> str | None:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < size else {}
+            header = parse_json(stream.read(length)) if length < size else {}
         ends = {
             name: 8 + length + x["data_offsets"][1] for name, x in header.items() if "dtype" in x
         }
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):  # damaged in another way
         return None
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if end > size:

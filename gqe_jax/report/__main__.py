@@ -9,8 +9,9 @@ import tyro
 
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, MeshConfig
+from gqe_jax.errors import DataError
 from gqe_jax.report import page
-from gqe_jax.report.curves import DIRECTORY, Curves
+from gqe_jax.report.curves import DIRECTORY, Curves, NoMetricsError
 from gqe_jax.report.routing import route_text
 from gqe_jax.storage import Location, is_remote, location, write_whole
 from gqe_jax.training.checkpoint import CheckpointError
@@ -69,7 +70,7 @@ def write_report(config: ReportConfig) -> Location:
     for run_dir, label in zip(config.run_dirs, _labels(config.run_dirs), strict=True):
         try:
             curves = Curves.read(run_dir, label)
-        except FileNotFoundError as error:
+        except (NoMetricsError, DataError) as error:
             raise ConfigError(f"run_dirs: {error}") from None
         routed, missing = None, ""
         try:

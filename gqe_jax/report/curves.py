@@ -1,5 +1,6 @@
 """Plots of a run's metrics: losses, the optimizer, expert load and router entropy."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -13,11 +14,16 @@ import matplotlib.rcsetup
 import numpy as np
 from jaxtyping import Float
 
+from gqe_jax.errors import DataError, UserError
 from gqe_jax.storage import Location, location, write_whole
-from gqe_jax.training.telemetry import read_metrics
+from gqe_jax.training.telemetry import METRICS_FILE, read_metrics
 
 DIRECTORY = "report"
 # Okabe and Ito's palette, safe for colour-blind readers; page.css uses the same.
+_TRAINING = ("step", "loss", "learning_rate", "grad_norm", "clipped_grad_norm")
+_EVALUATIONS = ("step", "eval_loss", "eval_bits_per_byte")
+_ROUTED = {"expert_load": 3, "router_entropy": 2}
+"""Metrics that only routed variants have, and the numbers of their axes."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#f0e442")
 _STYLE = {
     "axes.grid": True,
@@ -36,6 +42,10 @@ styled = matplotlib.rc_context(_STYLE)
 """Decorator that applies the style to a plotting function."""
 
 
+class NoMetricsError(UserError, FileNotFoundError):
+    """A run has no metrics of training steps."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Curves:
     """A run's metrics, as arrays whose first axis is the logged step."""
@@ -50,16 +60,22 @@ class Curves:
         """Reads the metrics from a run's directory.
 
         Raises:
-          FileNotFoundError: the directory has no metrics of training steps.
+          NoMetricsError: the directory has no metrics of training steps.
+          DataError: they are damaged.
         """
         lines = read_metrics(run_dir)
         training = [line for line in lines if "loss" in line]
         if not training:
-            raise FileNotFoundError(
+            raise NoMetricsError(
                 f"{run_dir} has no metrics of training steps; name the run directory of train.py"
             )
         evaluations = [line for line in lines if "eval_loss" in line]
-        return cls(label, _columns(training), _columns(evaluations))
+        routed = [name for name in _ROUTED if any(name in line for line in training)]
+        columns = [
+            _columns(run_dir, training, [*_TRAINING, *routed]),
+            _columns(run_dir, evaluations, _EVALUATIONS if evaluations else []),
+        ]
+        return cls(label, *columns)
 
     @property
     def expert_load(self) -> Float[np.ndarray, "step layer group expert"] | None:
@@ -75,7 +91,8 @@ def draw(run_dir: str | os.PathLike) -> list[Location]:
       router entropy per layer and group.
 
     Raises:
-      FileNotFoundError: the run has no metrics.
+      NoMetricsError: the run has no metrics.
+      DataError: they are damaged.
     """
     curves = Curves.read(run_dir)
     images = {"loss.png": loss([curves]), "optimizer.png": optimizer(curves)}
@@ -189,10 +206,24 @@ def router_entropy(run: Curves) -> bytes:
     return png(figure)
 
 
-def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """One array per metric that every line has."""
+def _columns(
+    run_dir: str | os.PathLike, lines: list[dict[str, Any]], required: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """One array per metric that every line has, in numbers of one shape."""
     names = set.intersection(*(set(line) for line in lines)) if lines else set()
-    return {name: np.array([line[name] for line in lines]) for name in names}
+    columns = {}
+    for name in names:
+        with contextlib.suppress(ValueError, OverflowError):  # not all have one shape
+            column = np.array([line[name] for line in lines])
+            if column.dtype.kind in "iuf" and column.ndim == 1 + _ROUTED.get(name, 0):
+                columns[name] = column
+    for name in required:
+        if name not in columns or not columns[name].size:
+            raise DataError(
+                f"{location(run_dir) / METRICS_FILE}: {name} is not in every record, or not "
+                "everywhere a number or array of one shape; delete the damaged lines"
+            )
+    return columns
 
 
 def _plain(text: str) -> str:

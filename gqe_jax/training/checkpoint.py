@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class _KeepBest(PreservationPolicy):
 def _score(metrics: Any) -> Score | None:
     """The metrics of a checkpoint, or None where they are missing or damaged."""
     loss = metrics.get(LOSS) if isinstance(metrics, dict) else None
-    return metrics if isinstance(loss, float | int) and math.isfinite(loss) else None
+    is_number = type(loss) is float or (type(loss) is int and abs(loss) <= sys.float_info.max)
+    return metrics if is_number and math.isfinite(loss) else None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -77,7 +79,7 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> Any:
         try:
             return _score(super().metrics(step))
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of JSON that is nested too deeply
             return None
 
 
@@ -126,7 +128,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.directory.parent} has no {DIRECTORY}; name the run directory of train.py"
             )
-        with self._writing():
+        with self._writing(), self._opening():
             self._manager = _Manager(
                 self.directory,
                 item_names=("params", "training", "run"),
@@ -159,6 +161,17 @@ class Checkpoints:
             raise CheckpointError(
                 f"a checkpoint in {self.directory} cannot be written ({reason}). Earlier "
                 "checkpoints are whole: then the same command goes on from the last one"
+            ) from error
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Names the directory where Orbax cannot make sense of its own files."""
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"a checkpoint in {self.directory} is damaged ({_first_line(error)}); delete its "
+                "directory, or copy it again"
             ) from error
 
     def latest(self) -> int | None:
@@ -256,7 +269,13 @@ class Checkpoints:
         run = self._restore(step, run=ocp.args.JsonRestore())["run"]
         if not isinstance(run, dict) or not {"config", "corpus"} <= run.keys():
             raise self._unreadable(step, "its item run has no configuration")
-        return from_dict(RunConfig, run["config"]), run["corpus"]
+        corpus = run["corpus"]
+        if corpus is not None and not isinstance(corpus, str):
+            raise self._unreadable(step, f"corpus is {corpus!r}, which is no fingerprint")
+        try:
+            return from_dict(RunConfig, run["config"]), corpus
+        except ConfigError as error:
+            raise self._unreadable(step, f"of its configuration, {error}") from None
 
     def check_fits(
         self, step: int, config: RunConfig, fingerprint: str, *, restart: bool = False
@@ -330,7 +349,9 @@ class Checkpoints:
         """Reads items of arrays and compares their checksums with those that were saved."""
         restore = {name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
         items = self._restore(step, **restore, run=ocp.args.JsonRestore())
-        saved = items["run"].get("checksums", {})
+        saved = items["run"].get("checksums", {}) if isinstance(items["run"], dict) else None
+        if not isinstance(saved, dict):
+            raise self._unreadable(step, "its item run has no checksums")
         found, _ = measure({name: items[name] for name in abstract}) if saved else ({}, [])
         for name, checksum in found.items():
             if saved.get(name, checksum) != checksum:
@@ -343,8 +364,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise self._unreadable(step, reason) from error
+            raise self._unreadable(step, _first_line(error)) from error
 
     def _unreadable(self, step: int, reason: str) -> CheckpointError:
         earlier = [saved for saved in self._manager.all_steps() if saved < step]
@@ -357,6 +377,10 @@ class Checkpoints:
             f"checkpoint {self.directory / str(step)} cannot be read ({reason}); if it is "
             f"damaged or of another version, {remedy}"
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _metrics(eval_loss: float, eval_tokens: int | None) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from gqe_jax import processes
 from gqe_jax.config import ConfigError
+from gqe_jax.config_json import parse_json
 from gqe_jax.errors import UserError
 from gqe_jax.storage import Location, explain, is_remote, location
 
@@ -240,7 +241,7 @@ def _remove(path: Location) -> None:
 def _parse(content: tuple[bytes, int] | None) -> dict[str, Any]:
     """The owner that a lock names; empty while it is being written."""
     try:
-        owner = json.loads(content[0]) if content else {}
+        owner = parse_json(content[0]) if content else {}
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -298,7 +299,7 @@ def _is_running(owner: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

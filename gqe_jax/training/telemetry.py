@@ -15,6 +15,7 @@ import tensorboardX
 import tqdm
 from upath import UPath
 
+from gqe_jax.config_json import parse_json
 from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
 from gqe_kernels.chips import peak_flops
 
@@ -29,7 +30,7 @@ def read_metrics(run_dir: str | os.PathLike | UPath) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # also of bytes that are no UTF-8
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
