@@ -103,6 +103,7 @@ def _quieten_orbax() -> None:
     TensorStore prints one for each write whose event loop has ended by then.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # writes that failed beside the first
     hook = sys.unraisablehook
 
     def unless_of_a_closed_loop(unraisable: Any) -> None:

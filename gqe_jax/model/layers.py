@@ -127,7 +127,7 @@ def _rotate_jvp(primals, tangents):
     (x, angle), (tangent, _) = primals, tangents
     halves, cos, sin = _halves(tangent, angle)
     halves = halves.astype(jnp.float32)
-    rotated = halves * cos + jnp.flip((halves * jnp.flip(sin, -2)).astype(x.dtype), -2)
+    rotated = jnp.flip((halves * jnp.flip(sin, -2)).astype(x.dtype), -2) + halves * cos
     return _rotate(x, angle), rotated.astype(x.dtype).reshape(x.shape)
 
 

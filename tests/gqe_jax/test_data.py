@@ -273,7 +273,8 @@ SLOW = """
 import sys
 from gqe_jax.data import prepare
 config = prepare.PrepareConfig(("part-*.jsonl",), "corpus", validation_fraction=0.2, processes=2)
-prepare.prepare = lambda _, task_bytes, run=prepare.prepare: run(config, progress=False, task_bytes=1)
+run = prepare.prepare
+prepare.prepare = lambda _, task_bytes: run(config, progress=False, task_bytes=1)
 if __name__ == "__main__":
     prepare.main()
 """

@@ -85,14 +85,14 @@ class SignalAt(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("step", [4, 8], ids=["in the middle", "at the end"])
-def test_a_step_that_a_later_start_scores_is_recorded(corpus, finished, tmp_path, step):
+def test_a_step_that_a_later_start_scores_is_recorded(corpus, finished, tmp_path):
+    step = 8
     config = short(corpus, tmp_path / "run")
     stream = SignalAt(f"step {step}/8  loss")  # printed just before the evaluation
     train(config, stream=stream)
     assert step not in scores(config.run_dir)
     assert "stopped at step" in stream.getvalue()
-    assert ("before its evaluation was done" in stream.getvalue()) == (step == 8)
+    assert "before its evaluation was done" in stream.getvalue()
     run(config)
     expected = scores(finished.run_dir)
     assert scores(config.run_dir) == expected

@@ -95,7 +95,6 @@ def test_the_model_learns(on_one_device):
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [
-        (8, MeshConfig(data=1, fsdp=8)),
         (8, MeshConfig(data=1, fsdp=2, context=2, tensor=2)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else str(value.sizes),

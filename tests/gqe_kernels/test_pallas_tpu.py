@@ -47,10 +47,8 @@ class TestPallasTpu(RoutedAttentionContract):
         for case in (
             Case(),
             Case(expert=4, k=3, segments="packed"),
-            Case(group=3, expert=1, k=1),
             Case(group=1, expert=16, k=1, batch=1),
             Case(expert=3, k=2, weighted=False, batch=1),
-            Case(shared=None, batch=1),
             Case(shared=None, weighted=False, batch=1),
             Case(shared="given", segments="padded"),
             Case(causal=False, kv_len=37, shared="given", batch=1),
@@ -166,10 +164,21 @@ def compiled_for(chip: str, function, *arguments):
 )
 def test_default_compiles_to_the_kernel_on(chip, case, dtype):
     """Forward and backward, by Mosaic and XLA:TPU, with no flag that names the kernel."""
+    check_default_compiles(chip, case, dtype)
+
+
+@pytest.mark.libtpu
+def test_with_64_bit_types_the_default_compiles_to_the_kernel():
+    case = Case(batch=2, q_len=256, head_dim=64, segments="packed", q_offset=(0, 0))
+    with jax.enable_x64(True):
+        check_default_compiles("v5e", case, "bfloat16", np.int64)
+
+
+def check_default_compiles(chip, case, dtype, index_dtype=np.int32):
     arrays, masking = make_inputs(case)
-    index = arrays.pop("expert_index")
+    index = arrays.pop("expert_index").astype(index_dtype)
     given = {n: np.asarray(a, jnp.dtype(dtype)) for n, a in arrays.items()}
-    traced = {n: a for n, a in masking.items() if isinstance(a, np.ndarray)}
+    traced = {n: a.astype(index_dtype) for n, a in masking.items() if isinstance(a, np.ndarray)}
     static = {n: a for n, a in masking.items() if n not in traced}
 
     def loss(given, index, traced):
