@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import os
+import pathlib
 import types
 import typing
 from typing import Any, Literal, get_args
+
+from upath import UPath
 
 from gqe_jax.config import ConfigError, RunConfig
 
@@ -29,6 +32,22 @@ def parse_json(content: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:  # where `json` gives up, which no file of ours comes near
         raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: pathlib.Path | UPath) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no JSON object; names the file.
+    """
+    try:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be an object of fields; copy it again")
+    return values
 
 
 def to_dict(config: Any) -> dict[str, Any]:

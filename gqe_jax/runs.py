@@ -177,13 +177,9 @@ class Run:
             tokenizer = load_tokenizer(chosen, end_of_document)
         else:
             try:
-                tokenizer = corpus_tokenizer(location(corpus), read_manifest(location(corpus)))
-                if end_of_document is not None:
-                    path = BYTE if (file := self.tokenizer_file()) is None else file
-                    end = load_tokenizer(path, end_of_document).end_of_document
-                    special = tokenizer.special
-                    ends = (end, *special.ends)
-                    tokenizer.special = dataclasses.replace(special, end_of_document=end, ends=ends)
+                directory = location(corpus)
+                manifest = read_manifest(directory)
+                tokenizer = corpus_tokenizer(directory, manifest, end_of_document)
             except DataError as error:
                 raise DataError(
                     f"tokenizer: {own} is not there, and of the corpus that {self.directory} was "

@@ -339,12 +339,25 @@ class Split:
         return [np.frombuffer(data, self._dtype) for data in found]
 
 
-def corpus_tokenizer(directory: Location, manifest: Manifest) -> Tokenizer:
-    """Loads the tokenizer that a corpus was made with; texts begin and end as its documents do."""
+def corpus_tokenizer(
+    directory: Location, manifest: Manifest, end_of_document: str | None = None
+) -> Tokenizer:
+    """Loads the tokenizer that a corpus was made with; texts begin and end as its documents do.
+
+    Args:
+      directory, manifest: the corpus.
+      end_of_document: another token that ends a text, before that of the documents, or None.
+
+    Raises:
+      DataError: the tokenizer is gone, or has no such token.
+    """
     end, prefix = manifest.end_of_document, manifest.document_prefix
-    is_byte = manifest.tokenizer == BYTE
-    tokenizer = load_tokenizer(BYTE if is_byte else directory / TOKENIZER_FILE, end)
-    tokenizer.special = SpecialTokens(end, ends=(end,), prefix=prefix, start=(*prefix, end)[0])
+    name = BYTE if manifest.tokenizer == BYTE else directory / TOKENIZER_FILE
+    tokenizer = load_tokenizer(name, end if end_of_document is None else end_of_document)
+    first = tokenizer.end_of_document
+    tokenizer.special = SpecialTokens(
+        first, ends=tuple(dict.fromkeys((first, end))), prefix=prefix, start=(*prefix, end)[0]
+    )
     return tokenizer
 
 

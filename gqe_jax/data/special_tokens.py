@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gqe_jax.config_json import parse_json
+from gqe_jax.config_json import read_object
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location
 
@@ -71,16 +71,13 @@ def read_fields(path: Location) -> dict[str, Any]:
       DataError: the file is no JSON object.
     """
     try:
-        values = parse_json(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must be an object of fields; copy it again")
-    return values
+        raise DataError(str(error)) from None
 
 
 def companions(directory: Location) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gqe_jax.config import MAX_SIZE, AttentionConfig, ConfigError, Dtype, ModelConfig, RopeScaling
-from gqe_jax.config_json import parse_json
+from gqe_jax.config_json import read_object
 from gqe_jax.interop.tensors import WeightsError
 
 CONFIG_FILE = "config.json"
@@ -38,14 +38,11 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        values = parse_json(path.read_bytes())
+        return read_object(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise WeightsError(f"{path} is not JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path} must be an object of fields")
-    return values
+        raise WeightsError(str(error)) from None
 
 
 def to_model_config(values: dict[str, Any], *, dtype: Dtype) -> ModelConfig:

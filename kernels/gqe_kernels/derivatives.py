@@ -45,7 +45,7 @@ batching.defvectorized(_identity_p)
 mlir.register_lowering(_identity_p, mlir.lower_fun(_lower, multiple_results=False))
 
 
-def without[**Arguments, Result](
+def without_derivative[**Arguments, Result](
     kind: Kind, name: str, function: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
     """`function`, which lacks this derivative: asking for it raises NotImplementedError.

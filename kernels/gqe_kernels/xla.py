@@ -14,7 +14,7 @@ from jax import lax
 
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
-from gqe_kernels.derivatives import without
+from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
 from gqe_kernels.varying import vary_over, varying_axes
@@ -54,7 +54,7 @@ def attend(
     pad_q = functools.partial(reference.pad_rows, rows=-q_len % blocks.q)
     pad_kv = functools.partial(reference.pad_rows, rows=-kv_len % blocks.kv)
     flash = functools.partial(_flash, _Tiling(scale, blocks, kv_len))
-    out = without("forward-mode derivative", "xla", flash)(
+    out = without_derivative("forward-mode derivative", "xla", flash)(
         jnp.transpose(pad_q(query), (0, 2, 3, 1, 4)),
         jnp.transpose(pad_kv(key), (0, 2, 1, 3)),
         jnp.transpose(pad_kv(value), (0, 2, 1, 3)),
@@ -171,7 +171,8 @@ def _flash_forward(tiling, query, key, value, mask):
 
 
 def _flash_backward(tiling, residuals, d_out):
-    gradients = without("gradient of its gradient", "xla", functools.partial(_gradients, tiling))
+    gradients = functools.partial(_gradients, tiling)
+    gradients = without_derivative("gradient of its gradient", "xla", gradients)
     return *gradients(residuals, d_out), None
 
 

@@ -1,9 +1,11 @@
 """Runs by several processes on this machine, and what each of them trained on."""
 
+import os
 import pathlib
 import signal
 import socket
 import subprocess
+import threading
 import time
 import zlib
 
@@ -12,6 +14,7 @@ import numpy as np
 from gqe_jax.config import RunConfig
 from gqe_jax.data import open_corpus, window_indices
 from gqe_jax.data.pipeline import num_windows, read_windows
+from gqe_jax.training.lock import RunLock, RunLockedError
 from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.runs import start_training
 
@@ -123,3 +126,23 @@ def due_rows(config: RunConfig, start: int, stop: int) -> Rows:
 def checksum(tokens: np.ndarray) -> int:
     """The checksum of the tokens of a row of a batch."""
     return zlib.crc32(np.ascontiguousarray(tokens, np.int32).tobytes())
+
+
+def start_together(run_dir: str | os.PathLike, count: int) -> tuple[list[RunLock], list[RunLock]]:
+    """So many threads ask for a run's lock at once: those that hold it, and those refused."""
+    held, refused, barrier = [], [], threading.Barrier(count)
+
+    def start() -> None:
+        lock = RunLock(run_dir, lease=0.5)
+        barrier.wait()
+        try:
+            held.append(lock.__enter__())
+        except RunLockedError:
+            refused.append(lock)
+
+    threads = [threading.Thread(target=start) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return held, refused

@@ -9,7 +9,6 @@ protocol, not for stores that call themselves compatible.
 import json
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -21,7 +20,7 @@ from gqe_jax.storage import location
 from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.lock import RunLock, RunLockedError
 from tests.gqe_jax.buckets import Hold, serve
-from tests.gqe_jax.jobs import finish, start_job
+from tests.gqe_jax.jobs import finish, start_job, start_together
 from tests.gqe_jax.runs import (
     REPOSITORY,
     comparable_metrics,
@@ -132,22 +131,7 @@ def test_one_of_many_that_start_together_gets_the_lock(bucket):
     url = f"{bucket}/contended"
     owner = {"host": "elsewhere", "pid": 7, "machine": "another", "token": "t", "renewed": 0}
     (location(url) / "train-1.lock").write_bytes(json.dumps(owner).encode())
-    held, refused, barrier = [], [], threading.Barrier(6)
-
-    def start():
-        lock = RunLock(url, lease=0.5)
-        barrier.wait()
-        try:
-            lock.__enter__()
-            held.append(lock)
-        except RunLockedError:
-            refused.append(lock)
-
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    held, refused = start_together(url, 6)
     assert (len(held), len(refused)) == (1, 5)
     held[0].__exit__()
     assert names(url) == []

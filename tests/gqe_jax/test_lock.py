@@ -15,7 +15,7 @@ from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.storage import location
 from gqe_jax.training.lock import RunLock, RunLockedError
 from gqe_jax.training.telemetry import read_metrics
-from tests.gqe_jax.jobs import finish, start_job
+from tests.gqe_jax.jobs import finish, start_job, start_together
 from tests.gqe_jax.runs import make_corpus, small_config, start_training
 
 HOLD = """
@@ -143,22 +143,7 @@ def test_a_holder_that_lost_its_lock_is_told(directory):
 
 def test_one_of_many_that_start_together_takes_over(tmp_path):
     foreign(tmp_path / "train-1.lock")
-    held, refused, barrier = [], [], threading.Barrier(6)
-
-    def start():
-        barrier.wait()
-        lock = RunLock(tmp_path, lease=0.5)
-        try:
-            lock.__enter__()
-            held.append(lock)
-        except RunLockedError:
-            refused.append(lock)
-
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    held, refused = start_together(tmp_path, 6)
     assert (len(held), len(refused)) == (1, 5)
     held[0].__exit__()
     assert locks(tmp_path) == []

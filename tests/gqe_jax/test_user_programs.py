@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gqe_jax import AttentionConfig, ConfigError, KVCache
+from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.model.attention import make_attention
 from gqe_jax.sharding import RULES
 
@@ -125,3 +126,35 @@ def test_other_names_of_axes_are_refused_until_the_rules_have_them(expected, mon
         assert_same(compiled(params, x), expected[0])
     shapes = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
     assert all(np.prod(list(map(int, shape.split(",")))) < X.size for shape in shapes), shapes
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("names", [("x", "y"), ("data", "tensor")], ids=["inside", "around"])
+def test_on_tpus_they_use_the_kernel(names):
+    """Inside a shard_map with its checks on, and on a mesh with explicit axes, in bfloat16."""
+    devices = np.array(get_topology("v5e:2x2").devices).reshape(2, 2)
+    mesh = Mesh(devices, names, axis_types=(AxisType.Explicit, AxisType.Explicit))
+    config = AttentionConfig(
+        embed_dim=256, num_query_experts=8, num_kv_heads=4, head_dim=64, qk_norm=True
+    )
+    layer = nnx.eval_shape(lambda: make_attention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(layer)
+    specs = {"in_specs": (P(), P("x"), P("x")), "out_specs": P("x")}
+
+    def call(params, x, ids):
+        return nnx.merge(graphdef, params)(x, segment_ids=ids)[0]
+
+    def shape(x, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    mapped = jax.shard_map(call, mesh=mesh, **specs) if "x" in names else call
+    rows = P(names[0])
+    x = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    arguments = (jax.tree.map(lambda p: shape(p, P()), params), shape(x, rows), shape(ids, rows))
+    loss = lambda *arguments: jnp.sum(mapped(*arguments).astype(jnp.float32) ** 2)  # noqa: E731
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    kernels = re.findall(r"%(gqe_[a-z_]+)[\d.]* = .*custom-call", compiled.as_text())
+    assert {"gqe_forward", "gqe_backward", "gqe_backward_prepare"} == set(kernels)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
-from gqe_kernels.derivatives import without
+from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
@@ -92,7 +92,7 @@ def attention(
     mask = mask.map_keys(lambda ids: pad_kv(ids.astype(jnp.int32)))
     static = _Static(heads, scale, (q_len, kv_len), blocks)
     visited = tables(mask, batch, lengths=static.lengths, blocks=blocks)
-    kernels = without(
+    kernels = without_derivative(
         "forward-mode derivative", "pallas_gpu", functools.partial(_attention, static)
     )
     slots = kernels(operands, dataclasses.replace(mask, offset=None), visited)
@@ -146,7 +146,7 @@ def _attention(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
 def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: Tables):
     selects = operands.expert_index is not None
     run = functools.partial(forward, keep_selected=selects, **static._asdict())
-    run = without("derivative of its gradient", "pallas_gpu", run)
+    run = without_derivative("derivative of its gradient", "pallas_gpu", run)
     found = run(operands, mask, visited.forward)
     if not selects:
         found = found._replace(selected=operands.query)
@@ -158,7 +158,7 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
 @jax.enable_x64(False)
 def _attention_backward(static: _Static, residuals, d_slots):
     gradients = functools.partial(_gradients, static)
-    gradients = without("derivative of its gradient", "pallas_gpu", gradients)
+    gradients = without_derivative("derivative of its gradient", "pallas_gpu", gradients)
     return gradients(residuals, d_slots), None, None
 
 

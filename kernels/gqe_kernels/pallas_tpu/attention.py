@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_kernels.contract import Mask, Routed, Slots
-from gqe_kernels.derivatives import without
+from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_tpu.backward import backward
 from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
@@ -67,7 +67,8 @@ def attention(
     int32 = lambda ids: ids.astype(jnp.int32)  # noqa: E731
     mask = mask.map_queries(int32).map_keys(int32)
     kernels = functools.partial(_attention, _Static(layout, scale, blocks))
-    slots = without("forward-mode derivative", "pallas_tpu", kernels)(flatten(layout, routed), mask)
+    kernels = without_derivative("forward-mode derivative", "pallas_tpu", kernels)
+    slots = kernels(flatten(layout, routed), mask)
     return unflatten_slots(layout, slots, routed.query.shape[-1])
 
 
@@ -79,14 +80,15 @@ def _attention(static: _Static, flat: Flat, mask: Mask):
 @jax.enable_x64(False)  # Mosaic has no 64-bit integers
 def _attention_forward(static: _Static, flat: Flat, mask: Mask):
     run = functools.partial(forward, **static._asdict())
-    slots, logsumexp = without("derivative of its gradient", "pallas_tpu", run)(flat, mask)
+    run = without_derivative("derivative of its gradient", "pallas_tpu", run)
+    slots, logsumexp = run(flat, mask)
     return slots, (flat, mask, slots, logsumexp)
 
 
 @jax.enable_x64(False)
 def _attention_backward(static: _Static, residuals, d_slots):
     gradients = functools.partial(_gradients, static)
-    gradients = without("derivative of its gradient", "pallas_tpu", gradients)
+    gradients = without_derivative("derivative of its gradient", "pallas_tpu", gradients)
     return gradients(residuals, d_slots), None
 
 
