@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
+from gqe_kernels.varying import varying_axes
 
 # Logical axis of a weight or an activation → mesh axes over which it is sharded. A size that is no
 # multiple of their product is sharded over the longest prefix of them that divides it.
@@ -123,6 +124,20 @@ def check_rules(mesh: Mesh | AbstractMesh) -> None:
             f"does not say what they shard, so each device would get the whole batch; say it "
             f"before the first call, such as RULES['batch'] = ({unknown[0]!r},), or "
             f"RULES['repeated'] = ({unknown[-1]!r},) for an axis over which the layer is repeated"
+        )
+
+
+def check_nested(x: Array, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that gradients can pass through a user's `shard_map` around this one.
+
+    Raises:
+      ConfigError: the user's has `check_vma` on, and leaves axes to this one, which has it off.
+    """
+    if varying := varying_axes(x):
+        raise ConfigError(
+            f"the layer is called inside a jax.shard_map over {', '.join(sorted(varying))} that "
+            f"leaves the mesh axes {', '.join(free_axes(mesh))} to it; give that shard_map "
+            "check_vma=False, or all the axes"
         )
 
 

@@ -41,6 +41,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -48,11 +49,17 @@ from jaxtyping import Array, Bool, Float, Int
 from gqe_jax.config import AttentionConfig, ConfigError
 from gqe_jax.model import routing
 from gqe_jax.model.cache import KVCache, with_cache
-from gqe_jax.model.layers import apply_rope, projection, rms_norm
+from gqe_jax.model.layers import apply_rope, projection, rms_norm, rope_angles
 from gqe_jax.model.sharded_attention import sharded
+from gqe_jax.model.sharded_projection import sharded_project
 from gqe_jax.sharding import explicit_axes
-from gqe_kernels import Attention, Implementation, Routed, Slots, get_attention
+from gqe_kernels import Attention, Implementation, Routed, Slots, best_attention, get_attention
 from gqe_kernels.contract import AnyArray, default_scale
+from gqe_kernels.projection import Projected, Projection
+from gqe_kernels.remat import kept
+
+PROJECTION = "projection"
+"""The name that `jax.checkpoint` policies know the projected heads by."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +81,7 @@ class _Attention(nnx.Module):
     """What both layers share: keys, values, W_out, and the call around `slots`."""
 
     slots: Callable[..., tuple[Slots, AttentionAux, KVCache | None]]
+    router: nnx.LinearGeneral
 
     def __init__(
         self,
@@ -145,7 +153,19 @@ class _Attention(nnx.Module):
             cache=cache,
             return_routing=return_routing,
         )
-        return self.out(slots), aux, cache
+        return self.project_slots(slots), aux, cache
+
+    def project_slots(self, slots: Slots) -> Float[Array, "batch length embed"]:
+        """The product of the slots with W_out (5).
+
+        It is that of two matrices: for one over slots and features XLA:TPU copies the slots.
+        """
+        if type(self.out) is not nnx.LinearGeneral:
+            return self.out(slots)
+        dtype = self.out.dtype or jnp.result_type(slots, self.out.kernel[...])
+        width = self.config.num_slots * self.config.resolved_head_dim
+        weight = self.out.kernel[...].astype(dtype).reshape(width, self.config.embed_dim)
+        return slots.astype(dtype).reshape(*slots.shape[:2], width) @ weight
 
     def _in_auto_mode(self, explicit, x, positions, segment_ids, cache, return_routing):
         """The call, in which XLA chooses the shardings between the arguments and the results.
@@ -172,14 +192,80 @@ class _Attention(nnx.Module):
         return in_auto_mode(params, x, positions, segment_ids, cache)
 
     def _positions(self, x, positions, cache):
+        """The positions [batch, length]; [1, length] where every row has the same, known ones."""
         if x.shape[2] != self.config.embed_dim:
             raise ValueError(
                 f"x has shape {x.shape}; its last axis must be embed_dim ({self.config.embed_dim})"
             )
         if positions is not None:
             return positions
-        start = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
+        start = jnp.zeros(1, jnp.int32) if cache is None else cache.length
         return start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+
+    def _project(
+        self,
+        x: Float[Array, "batch length embed"],
+        positions: Int[AnyArray, "#batch length"],
+        *,
+        means: bool,
+    ) -> Projected:
+        """Equations (1) and (2), the logits of (3), and the experts that they select.
+
+        Args:
+          means: make the means that the shared head attends to, if that can be done here.
+        """
+        config, has_shared = self.config, hasattr(self, "shared_query")
+        routes = config.variant != "gqa"
+        if not self._in_one_pass(x):
+            logits = index = None
+            if routes:
+                logits = self.router(x.astype(jnp.float32))
+                index = routing.select_top_k(logits, config.top_k)
+            routed = Routed(
+                self._rope("query", x, positions),
+                self._rope("key", x, positions),
+                self.value(x),
+                index,
+                shared_query=self._rope("shared_query", x, positions) if has_shared else None,
+            )
+            return Projected(routed, logits, index)
+        dtype = self.query.dtype or jnp.result_type(x, self.query.kernel[...])
+        weight = lambda name: getattr(self, name).kernel[...].astype(dtype)  # noqa: E731
+        scale = lambda name: getattr(self, name).scale[...] if config.qk_norm else None  # noqa: E731
+        angle = rope_angles(
+            positions, config.resolved_head_dim, config.rope_theta, config.rope_scaling
+        )
+        projection = Projection(
+            query=weight("query"),
+            key=weight("key"),
+            value=weight("value"),
+            router=self.router.kernel[...].astype(jnp.float32) if routes else None,
+            shared_query=weight("shared_query") if has_shared else None,
+            cos=jnp.cos(angle),
+            sin=jnp.sin(angle),
+            query_scale=scale("query_norm"),
+            key_scale=scale("key_norm"),
+            top_k=config.top_k,
+            epsilon=config.qk_norm_epsilon,
+            means=means,
+        )
+        projected = sharded_project(x.astype(dtype), projection)
+
+        def keep(y: Array) -> Array:
+            is_float = jnp.issubdtype(y.dtype, jnp.floating)
+            return kept(y, PROJECTION) if is_float else checkpoint_name(y, PROJECTION)
+
+        return jax.tree.map(keep, projected)
+
+    def _in_one_pass(self, x: Float[Array, "batch length embed"]) -> bool:
+        """Whether one function may make all heads: `project` knows plain weights alone.
+
+        Decoding and implementations that are named take the projections as they stand.
+        """
+        names = ("query", "key", "value", "router", "shared_query")
+        names = [name for name in names if hasattr(self, name)]
+        plain = all(type(getattr(self, name)) is nnx.LinearGeneral for name in names)
+        return self.implementation is best_attention and len(x) > 0 and x.shape[1] > 1 and plain
 
     def _rope(self, name: str, x, positions):
         """The heads of projection `name`, normed if `qk_norm`, with RoPE."""
@@ -286,18 +372,15 @@ class GroupedQueryExperts(_Attention):
         """
         config = self.config
         positions = self._positions(x, positions, cache)
-        key, value = self._rope("key", x, positions), self.value(x)  # (1)
-        query = self._rope("query", x, positions)  # (2)
-        logits = self.router(x.astype(jnp.float32))
+        means = config.variant == "gqe" and config.shared_kv == "mean" and cache is None
+        projected = self._project(x, positions, means=means)  # (1), (2)
+        routed, logits, expert_index = projected.routed, projected.logits, projected.expert_index
+        assert logits is not None  # there is a router
+        assert expert_index is not None
         probs = routing.router_probabilities(logits)  # (3)
-        expert_index, selected = routing.select_top_k(probs, config.top_k)
-        routed = Routed(query, key, value, expert_index)
+        selected = routing.probabilities_of(probs, expert_index)
         if config.variant == "gqe":
-            routed = dataclasses.replace(
-                routed,
-                slot_weight=routing.slot_weights(selected),
-                shared_query=self._rope("shared_query", x, positions),
-            )
+            routed = dataclasses.replace(routed, slot_weight=routing.slot_weights(selected))
             if config.shared_kv == "own":
                 shared_key = self._rope("shared_key", x, positions)
                 routed = dataclasses.replace(
@@ -362,8 +445,7 @@ class GroupedQueryAttention(_Attention):
         """The heads' outputs that W_out multiplies; arguments as in `GroupedQueryExperts.slots`."""
         del return_routing
         positions = self._positions(x, positions, cache)
-        query, key = self._rope("query", x, positions), self._rope("key", x, positions)
-        routed = Routed(query, key, self.value(x))
+        routed = self._project(x, positions, means=False).routed
         routed, mask, cache = with_cache(routed, segment_ids, cache)
         attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import RopeScaling
+from gqe_kernels.contract import AnyArray
 
 
 def logical_axes(*names: str | None) -> dict:
@@ -91,7 +92,7 @@ def rope_frequencies(half: int, theta: float, scaling: RopeScaling) -> Float[Arr
 
 def apply_rope(
     x: Float[Array, "batch length *heads head_dim"],
-    positions: Int[Array, "batch length"],
+    positions: Int[AnyArray, "#batch length"],
     theta: float,
     scaling: RopeScaling = RopeScaling(),  # noqa: B008 - frozen
 ) -> Float[Array, "batch length *heads head_dim"]:
@@ -99,13 +100,20 @@ def apply_rope(
 
     Source: RoFormer, arXiv 2104.09864. Angles in float32; the result has the dtype of `x`.
     """
-    frequency = rope_frequencies(x.shape[-1] // 2, theta, scaling)
-    return _rotate(x, positions.astype(jnp.float32)[..., None] * frequency)
+    return _rotate(x, rope_angles(positions, x.shape[-1], theta, scaling))
+
+
+def rope_angles(
+    positions: Int[AnyArray, "batch length"], head_dim: int, theta: float, scaling: RopeScaling
+) -> Float[Array, "batch length half"]:
+    """The angles, in radians, by which RoPE rotates the pairs of features of a head; float32."""
+    frequency = rope_frequencies(head_dim // 2, theta, scaling)
+    return jnp.asarray(positions).astype(jnp.float32)[..., None] * frequency
 
 
 @jax.custom_jvp
 def _rotate(
-    x: Float[Array, "batch length *heads head_dim"], angle: Float[Array, "batch length half"]
+    x: Float[Array, "batch length *heads head_dim"], angle: Float[Array, "#batch length half"]
 ) -> Float[Array, "batch length *heads head_dim"]:
     """`x` with each pair of features rotated by its angle, which has no gradient.
 

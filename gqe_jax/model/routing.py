@@ -16,14 +16,18 @@ def router_probabilities(
 
 
 def select_top_k(
-    probs: Float[Array, "batch length group expert"], top_k: int
-) -> tuple[Int[Array, "batch length group k"], Float[Array, "batch length group k"]]:
-    """The k most probable experts of each group, by rank, and their probabilities (3).
+    logits: Float[Array, "batch length group expert"], top_k: int
+) -> Int[Array, "batch length group k"]:
+    """The k most probable experts of each group, by rank (3); ties go to the lower index."""
+    return jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)[1]
 
-    Ties go to the lower index. The indices carry no gradient; the probabilities do.
-    """
-    selected, index = jax.lax.top_k(probs, top_k)
-    return index, selected
+
+def probabilities_of(
+    probs: Float[Array, "batch length group expert"], index: Int[Array, "batch length group k"]
+) -> Float[Array, "batch length group k"]:
+    """The probabilities of the selected experts (3); by a mask, so that no gather is needed."""
+    chosen = index[..., None] == jnp.arange(probs.shape[-1])
+    return jnp.sum(jnp.where(chosen, probs[..., None, :], 0.0), axis=-1)
 
 
 def slot_weights(

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from gqe_jax.config import ConfigError
-from gqe_jax.sharding import check_rules, free_axes, partition_spec
+from gqe_jax.sharding import check_nested, check_rules, free_axes, partition_spec
 from gqe_kernels import Attention, Mask, Routed, Slots, best_attention
 from gqe_kernels.contract import AXES, MASK_AXES, AnyArray, map_with_axes
 from gqe_kernels.reference import AxisNames, shared_operands
-from gqe_kernels.varying import varying_axes
 
 
 def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
@@ -43,7 +41,7 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
         if mesh.empty or not free_axes(mesh) or is_decoding:
             return attention(routed, mask, scale)
         check_rules(mesh)
-        _check_nested(routed, mesh)
+        check_nested(routed.query, mesh)
         routed_specs, mask_specs = _specs(routed, mask, mesh)
         batch, sequence, group, *_ = routed_specs.query
 
@@ -66,20 +64,6 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
         return jnp.concatenate(present, axis=2) if len(present) > 1 else present[0]
 
     return on_mesh
-
-
-def _check_nested(routed: Routed, mesh: AbstractMesh) -> None:
-    """Checks that gradients can pass through a user's `shard_map` around this one.
-
-    Raises:
-      ConfigError: the user's has `check_vma` on, and leaves axes to this one, which has it off.
-    """
-    if varying := varying_axes(routed.query):
-        raise ConfigError(
-            f"the layer is called inside a jax.shard_map over {', '.join(sorted(varying))} that "
-            f"leaves the mesh axes {', '.join(free_axes(mesh))} to it; give that shard_map "
-            "check_vma=False, or all the axes"
-        )
 
 
 def _specs(routed: Routed, mask: Mask, mesh: AbstractMesh) -> tuple[Any, Any]:

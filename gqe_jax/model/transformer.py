@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ModelConfig
-from gqe_jax.model.attention import AttentionAux, make_attention
+from gqe_jax.model.attention import PROJECTION, AttentionAux, make_attention
 from gqe_jax.model.cache import KVCache
 from gqe_jax.model.layers import SwiGLU, embedding, rms_norm
 from gqe_jax.model.sharded_attention import sharded
@@ -19,7 +19,10 @@ from gqe_kernels import Attention, Implementation, get_attention
 from gqe_kernels.contract import AnyArray
 
 _REMAT_POLICY = {
-    "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "keep_dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    ),
     "keep_nothing": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -57,7 +60,7 @@ class DecoderBlock(nnx.Module):
             cache=cache,
             return_routing=return_routing,
         )
-        x = constrain(x + self.attention.out(slots), "batch", "sequence", None)
+        x = constrain(x + self.attention.project_slots(slots), "batch", "sequence", None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
 
 

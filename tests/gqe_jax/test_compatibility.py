@@ -1,8 +1,7 @@
 """Runs, checkpoints and exported weights of an earlier commit load and go on as they did there.
 
-What is only read or written must be the same bits on every machine. What is computed must be the
-same bits where JAX and the CPU's arithmetic are those that the run was made with, and elsewhere
-within 1e-5.
+What is only read or written must be the same bits. What is computed must be the same within 1e-5:
+the order of sums may change.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ from tests.gqe_jax.earlier_run import (
     FILES,
     IMPORT,
     STEP,
-    arithmetic,
     command,
     outcome,
     parameters,
@@ -32,14 +30,6 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def expected():
     return json.loads(EXPECTED.read_text())
-
-
-@pytest.fixture(scope="module")
-def same_arithmetic(expected):
-    """Whether bits can be compared; printed, so that a failure shows which comparison was made."""
-    same = arithmetic() == expected["arithmetic"]
-    print("compared bit for bit" if same else f"another arithmetic: compared within {TOLERANCE}")
-    return same
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +59,26 @@ def test_the_state_of_a_checkpoint_is_read_bit_for_bit(run_again, expected):
     assert ours["state"] == expected["state"]
 
 
-def test_the_run_goes_on_with_the_same_metrics(run_again, expected, same_arithmetic):
+def test_the_run_goes_on_with_the_same_metrics(run_again, expected):
     _, ours = run_again
     steps = [line["step"] for line in expected["metrics"] if "loss" in line]
     assert [line["step"] for line in ours["metrics"] if "loss" in line] == steps
-    if same_arithmetic:
-        assert ours["metrics"] == expected["metrics"]
-    else:
-        for line, earlier in zip(ours["metrics"], expected["metrics"], strict=True):
-            assert_close(line, earlier)
+    for line, earlier in zip(ours["metrics"], expected["metrics"], strict=True):
+        assert_close(line, earlier)
 
 
-def test_the_run_goes_on_to_the_same_parameters(run_again, expected, same_arithmetic):
+def test_the_run_goes_on_to_the_same_parameters(run_again, expected):
     _, ours = run_again
-    assert ours["trained"].keys() == expected["trained"].keys()
-    if same_arithmetic:
-        assert ours["trained"] == expected["trained"]
+    assert ours["projections"].keys() == expected["projections"].keys()
     for name, theirs in expected["projections"].items():
         assert ours["projections"][name] == pytest.approx(theirs, abs=TOLERANCE), name
 
 
-def test_its_score_and_text_are_the_same(run_again, expected, same_arithmetic):
+def test_its_score_and_text_are_the_same(run_again, expected):
     _, ours = run_again
     assert ours["text"] == expected["text"]
     number = r"\d+\.\d+"
     assert re.sub(number, "", ours["score"]) == re.sub(number, "", expected["score"])
-    if same_arithmetic:
-        assert ours["score"] == expected["score"]
     scores = [np.array(re.findall(number, x["score"]), float) for x in (ours, expected)]
     np.testing.assert_allclose(*scores, atol=1e-4)  # four digits are printed
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqe_kernels import pallas_tpu, routed_attention
@@ -23,17 +22,7 @@ from tests.gqe_kernels.contract import (
     as_arguments,
     make_inputs,
 )
-
-
-@pytest.fixture
-def interpreter():
-    """The interpreter, with scratch memory full of NaNs, raising on a race."""
-    pltpu.reset_tpu_interpret_mode_state()
-    known = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}
-    raising = {"on_race": "raise"} if "on_race" in known else {}  # before jax 0.12: printed
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **raising)
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
+from tests.gqe_kernels.interpreter import interpreter as interpreter
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -188,39 +177,6 @@ def check_default_compiles(chip, case, dtype, index_dtype=np.int32):
     compiled = compiled_for(chip, jax.value_and_grad(loss), given, index, traced)
     names = re.findall(r"%(gqe_[a-z_]+)[\d.]* = .*custom-call", compiled.as_text())
     assert sorted(names) == ["gqe_backward", "gqe_backward_prepare", "gqe_forward"]
-
-
-@pytest.mark.libtpu
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_between_projections_and_kernel_nothing_is_copied(chip, head_dim):
-    """Queries, keys, values and slots stay as the projections write and W_O reads them."""
-    length, embed, group, expert = 1024, 384, 2, 2
-    slots = group + 2
-
-    def layer(x, w):
-        query = (x @ w["query"]).reshape(1, length, group, expert, head_dim)
-        key, value = ((x @ w[n]).reshape(1, length, group, head_dim) for n in ("key", "value"))
-        shared_query = x @ w["shared_query"]
-        out = routed_attention(query, key, value, w["index"], w["weight"], shared_query)
-        return out.reshape(1, length, slots * head_dim) @ w["out"]
-
-    shapes = {
-        "query": (embed, group * expert * head_dim),
-        "key": (embed, group * head_dim),
-        "value": (embed, group * head_dim),
-        "shared_query": (embed, head_dim),
-        "out": (slots * head_dim, embed),
-        "weight": (1, length, group, 1),
-    }
-    w = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
-    w["index"] = jax.ShapeDtypeStruct((1, length, group, 1), jnp.int32)
-    x = jax.ShapeDtypeStruct((1, length, embed), jnp.bfloat16)
-    text = compiled_for(chip, layer, x, w).as_text()
-    assert "gqe_forward" in text
-    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
-    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in moved]
-    assert all(size < length * head_dim for size in sizes), moved
 
 
 def test_what_the_kernel_cannot_take_is_named():

@@ -27,6 +27,7 @@ from gqe_kernels.pallas_tpu.layout import (
     half_mask,
     result_shape,
     swap_halves,
+    widen,
 )
 from gqe_kernels.pallas_tpu.schedule import Tiles, Visits
 from gqe_kernels.pallas_tpu.tile import NN, NT, dot, is_interior, mask_bias, runs
@@ -78,22 +79,28 @@ def _kernel(
     row, dtype = layout.row, read.key.dtype
 
     def rows_of_kv():
-        """Each unit's number, its keys and values, and the heads that read them."""
+        """Each unit's number, functions that read its keys and values, and the heads that do."""
+
+        def reader(ref, u):
+            return lambda: ref[:, u * row : (u + 1) * row]
+
+        def shared_reader(ref):
+            return lambda: widen(layout, ref[...])
+
         for u in range(layout.units):
             first = u * layout.groups_per_unit * layout.k
-            lanes = slice(u * row, (u + 1) * row)
             heads = range(first, first + layout.groups_per_unit * layout.k)
-            yield u, read.key, read.value, lanes, heads
+            yield u, reader(read.key, u), reader(read.value, u), heads
         if layout.shared:
-            every = slice(None)
-            yield layout.units, read.shared_key, read.shared_value, every, (layout.hard,)
+            key, value = shared_reader(read.shared_key), shared_reader(read.shared_value)
+            yield layout.units, key, value, (layout.hard,)
 
     @pl.when(local_i == 0)
     def start_keys():
         d_key_scr[...] = jnp.zeros_like(d_key_scr)
         d_value_scr[...] = jnp.zeros_like(d_value_scr)
-        for u, keys, _, lanes, _ in rows_of_kv():
-            key = keys[:, lanes].astype(jnp.float32)
+        for u, keys, _, _ in rows_of_kv():
+            key = keys().astype(jnp.float32)
             if tiles.kv_ragged:
                 row_index = jax.lax.broadcasted_iota(jnp.int32, key.shape, 0)
                 key = jnp.where(row_index < tiles.kv_len - j * tiles.kv, key, 0.0)
@@ -110,8 +117,8 @@ def _kernel(
                 segments = mask.q_segment_ids[...], mask.kv_segment_ids[...]
             bias_scr[...] = mask_bias(tiles, table, b, i, j, *segments, kv_axis=0)
 
-        for u, keys, values, lanes, heads in rows_of_kv():
-            key, value = keys[:, lanes], values[:, lanes]
+        for u, keys, values, heads in rows_of_kv():
+            key, value = keys(), values()
             for head in heads:
                 own = slice(head * row, (head + 1) * row)
                 query, d_out = selected_ref[:, own], d_out_ref[:, own]
@@ -148,6 +155,7 @@ def _kernel(
     def finish_keys():
         def write(name, lanes, x):
             ref = getattr(gradients, name)
+            x = x[:, : ref.shape[1]]  # the shared head fills half a row, where a row holds two
             if sums is not None:
                 x += getattr(sums, name)[:, lanes]
             ref[:, lanes] = x.astype(ref.dtype)
@@ -174,7 +182,13 @@ def _kernel(
                 lanes = slice(column * row, (column + 1) * row)
                 d_query_ref[rows, lanes] = x.astype(d_query_ref.dtype)
 
-            expand_query(layout, functools.cache(gradient), index_ref.at[rows], write)
+            index: Any = None
+            if index_ref is not None:
+
+                def index(head):
+                    return index_ref[rows, head : head + 1]
+
+            expand_query(layout, functools.cache(gradient), index, write)
             if layout.shared:
                 x = d_query_scr[local_i, layout.hard, :, rows].T * scale
                 d_shared_query_ref[rows] = x[:, : layout.head_dim].astype(d_shared_query_ref.dtype)
@@ -235,6 +249,9 @@ def backward(
         return jnp.where(j == last_j, i, 0)
 
     def read_at_the_end(x):
+        if x is None:
+            return None
+
         def block(b, j, i, prefetched):
             this = prefetched.first_block[0] + in_the_last_pass(j, i)
             return b, jnp.minimum(this, tiles.num_q - 1), 0

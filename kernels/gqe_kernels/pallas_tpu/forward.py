@@ -79,9 +79,8 @@ def _kernel(
         def start_rows(rows, first):
             for head in range(layout.heads):
                 if head < layout.hard:
-                    group = head // layout.k
-                    index = refs.expert_index[rows, head : head + 1]
-                    x = select_query(layout, refs.query.at[rows], index, group, layout.half(group))
+                    index = None if refs.expert_index is None else refs.expert_index.at[rows]
+                    x = select_query(layout, refs.query.at[rows], index, head)
                 else:
                     x = widen(layout, refs.shared_query[rows].astype(jnp.float32))
                 query_scr[head, rows] = (x * (scale * LOG2E)).astype(query_scr.dtype)
@@ -148,7 +147,7 @@ def _kernel(
             if layout.shared:
                 every = slice(None)
                 key, value = load(refs.shared_key, every), load(refs.shared_value, every)
-                yield layout.hard, key, beside_ones(value, 0)
+                yield layout.hard, widen(layout, key), beside_ones(widen(layout, value), 0)
 
         def score(head, rows, key):
             if kind == "interior":

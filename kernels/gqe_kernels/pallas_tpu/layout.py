@@ -111,28 +111,25 @@ class Flat:
     expert_index: Int[Array, "batch q_len hard"] | None
     slot_weight: Float[Array, "batch q_len hard"] | None
     shared_query: Float[Array, "batch q_len head_dim"] | None
-    shared_key: Float[Array, "batch kv_len row"] | None
-    shared_value: Float[Array, "batch kv_len row"] | None
+    shared_key: Float[Array, "batch kv_len head_dim"] | None
+    shared_value: Float[Array, "batch kv_len head_dim"] | None
 
 
 def flatten(layout: Layout, routed: Routed) -> Flat:
     """The operands laid flat: without a copy, unless a head is padded.
 
-    Dense attention selects every expert in order; the means over the groups are made here.
+    The means over the groups are made here.
     """
-    batch, q_len, group, _, head_dim = routed.query.shape
+    head_dim, rows = routed.query.shape[-1], (*routed.query.shape[:2], layout.hard)
 
-    def heads(x, lanes=layout.head_dim) -> Any:
+    def heads(x) -> Any:
         if x is None:
             return None
-        if lanes > head_dim:
-            x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, lanes - head_dim),))
+        if layout.head_dim > head_dim:
+            x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, layout.head_dim - head_dim),))
         return x.reshape(*x.shape[:2], -1)
 
-    index = routed.expert_index
-    if index is None:
-        index = lax.broadcasted_iota(jnp.int32, (batch, q_len, group, layout.k), 3)
-    weight = routed.slot_weight
+    index, weight = routed.expert_index, routed.slot_weight
     shared_key = shared_value = None
     if layout.shared:
         shared_key, shared_value = shared_operands(routed)
@@ -140,11 +137,11 @@ def flatten(layout: Layout, routed: Routed) -> Flat:
         query=heads(routed.query),
         key=heads(routed.key),
         value=heads(routed.value),
-        expert_index=index.astype(jnp.int32).reshape(batch, q_len, -1),
-        slot_weight=None if weight is None else weight.reshape(batch, q_len, -1),
+        expert_index=None if index is None else index.astype(jnp.int32).reshape(*rows),
+        slot_weight=None if weight is None else weight.reshape(*rows),
         shared_query=heads(routed.shared_query),
-        shared_key=heads(shared_key, layout.row),
-        shared_value=heads(shared_value, layout.row),
+        shared_key=heads(shared_key),
+        shared_value=heads(shared_value),
     )
 
 
@@ -161,14 +158,18 @@ def half_mask(shape: tuple[int, ...], half: int) -> jax.Array:
     return lane >= LANES // 2 if half else lane < LANES // 2
 
 
-def select_query(layout: Layout, query_ref, index, group: int, half: int) -> jax.Array:
-    """The chosen expert's query of each token, in its half of a float32 row, the rest zero.
+def select_query(layout: Layout, query_ref, index_ref, head: int) -> jax.Array:
+    """A hard head's query of each token, in its group's half of a float32 row, the rest zero.
 
     Args:
       query_ref: [q, group * expert * head_dim].
-      index: [q, 1], the chosen expert within `group`.
+      index_ref: [q, hard], the chosen experts within their groups; None: every expert in order.
     """
-    q, row = index.shape[0], layout.row
+    group, row = head // layout.k, layout.row
+    half = layout.half(group)
+    if index_ref is None:
+        return read_slot(layout, query_ref, head, half)
+    index = index_ref[:, head : head + 1]
     if layout.groups_per_unit == 1:
         chosen: Any = None
         for m in range(layout.expert):
@@ -178,13 +179,13 @@ def select_query(layout: Layout, query_ref, index, group: int, half: int) -> jax
         return chosen
     # Two experts lie in a row: keep the chosen one's lanes of the row that holds it, then copy them
     # to the other half, and cut.
-    first = group * layout.expert
-    upper = half_mask((q, row), 1).astype(jnp.int32)
-    chosen = jnp.zeros((q, row), jnp.float32)
+    first, shape = group * layout.expert, (index.shape[0], row)
+    upper = half_mask(shape, 1).astype(jnp.int32)
+    chosen = jnp.zeros(shape, jnp.float32)
     for column in range(first // 2, (first + layout.expert - 1) // 2 + 1):
         x = query_ref[:, column * row : (column + 1) * row].astype(jnp.float32)
         chosen = jnp.where(first + index == 2 * column + upper, x, chosen)
-    return jnp.where(half_mask((q, row), half), chosen + swap_halves(chosen), 0.0)
+    return jnp.where(half_mask(shape, half), chosen + swap_halves(chosen), 0.0)
 
 
 def swap_halves(x: jax.Array) -> jax.Array:
@@ -204,24 +205,31 @@ def read_slot(layout: Layout, slots_ref, slot: int, half: int) -> jax.Array:
     return jnp.where(half_mask(x.shape, half), x if own == half else swap_halves(x), 0.0)
 
 
-def expand_query(layout: Layout, heads, index_ref, write) -> None:
-    """The transpose of `select_query`: gradients of the chosen queries, zeros of the others.
+def expand_query(layout: Layout, heads, index, write) -> None:
+    """The transpose of the selection: gradients of the chosen queries, zeros of the others.
 
     Args:
       heads: function of a hard head to its gradient, [q, row]; at head_dim 64 in both halves.
-      index_ref: [q, hard].
+      index: function of a hard head to the chosen experts [q, 1] within its group; None: every
+        expert in order.
       write: function that takes a row's number and its [q, row].
     """
     per_row = layout.groups_per_unit
     for column in range(layout.group * layout.expert // per_row):
-        out = None
-        for group in sorted({(column * per_row + h) // layout.expert for h in range(per_row)}):
+        here, out = column * per_row, None
+        if index is None:
+            out = heads(here)
+            if per_row == 2:
+                out = jnp.where(half_mask(out.shape, 1), heads(here + 1), out)
+            write(column, out)
+            continue
+        for group in sorted({(here + h) // layout.expert for h in range(per_row)}):
+            first = group * layout.expert
             for head in range(group * layout.k, (group + 1) * layout.k):
-                gradient = heads(head)
-                here = column * per_row
+                gradient, own = heads(head), here - first
                 if per_row == 2:
-                    here = here + half_mask(gradient.shape, 1).astype(jnp.int32)
-                chosen = group * layout.expert + index_ref[:, head : head + 1] == here
+                    own = own + half_mask(gradient.shape, 1).astype(jnp.int32)
+                chosen = index(head) == own
                 out = jnp.where(chosen, gradient, 0.0 if out is None else out)
         write(column, out)
 

@@ -40,7 +40,7 @@ def _kernel(
     scale: float,
     q_len: int,
 ):
-    q, row = refs.expert_index.shape[0], layout.row
+    q, row = refs.query.shape[0], layout.row
     first_row = pl.program_id(1) * q
 
     def prepare_rows(rows, first):
@@ -52,10 +52,9 @@ def _kernel(
         deltas = d_weights = jnp.zeros(shape, jnp.float32)
         for head in range(layout.heads):
             if head < layout.hard:
-                group = head // layout.k
-                slot, half = head, layout.half(group)
-                index = refs.expert_index[rows, head : head + 1]
-                selected = select_query(layout, refs.query.at[rows], index, group, half)
+                slot, half = head, layout.half(head // layout.k)
+                index = None if refs.expert_index is None else refs.expert_index.at[rows]
+                selected = select_query(layout, refs.query.at[rows], index, head)
             else:
                 slot, half = layout.shared_slot, 0
                 selected = widen(layout, refs.shared_query[rows].astype(jnp.float32))

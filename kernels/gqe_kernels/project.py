@@ -1,0 +1,59 @@
+"""`project`: the projection on the best implementation of each platform, with its gradient."""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from gqe_kernels.derivatives import without_derivative
+from gqe_kernels.pallas_tpu import projection as pallas_tpu
+from gqe_kernels.projection import Projected, Projection, reference
+from gqe_kernels.varying import vary_alike
+
+
+def project(x: Float[Array, "batch length embed"], projection: Projection) -> Projected:
+    """Queries of the selected experts, keys, values, and what the shared head reads.
+
+    On TPU one kernel makes them all; other platforms, and what the kernel does not take, use
+    `gqe_kernels.projection.reference`.
+
+    Args:
+      x: the tokens.
+      projection: weights, in the dtype of `x`, and angles.
+    """
+    marked = without_derivative("forward-mode derivative", "project", _project)
+    return marked(*vary_alike((x, projection)))
+
+
+@jax.custom_vjp
+def _project(x, projection: Projection) -> Projected:
+    return _forward(x, projection)[0]
+
+
+def _forward(x, projection: Projection):
+    projected = _by_platform(pallas_tpu.forward, reference, (x, projection))
+    return projected, (x, projection, projected.expert_index)
+
+
+def _backward(residuals, gradients: Projected):
+    x, projection, expert_index = residuals
+    d_routed, d_logits = gradients.routed, gradients.logits
+
+    def plain(x, projection, expert_index, d_routed, d_logits):
+        del expert_index
+        differentiable = lambda *o: (lambda p: (p.routed, p.logits))(reference(*o))  # noqa: E731
+        return jax.vjp(differentiable, x, projection)[1]((d_routed, d_logits))
+
+    normed = projection.query_scale is not None
+    kernel: Any = plain if normed else pallas_tpu.backward
+    return _by_platform(kernel, plain, (x, projection, expert_index, d_routed, d_logits))
+
+
+def _by_platform(kernel: Any, plain: Any, operands: tuple[Any, ...]) -> Any:
+    x, projection, *_ = operands
+    if pallas_tpu.unsupported(x, projection) is not None:
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=kernel, default=plain)
+
+
+_project.defvjp(_forward, _backward)
