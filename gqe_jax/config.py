@@ -176,7 +176,7 @@ class ModelConfig:
     """Dtype of activations and matrix products; parameters, router and loss are float32."""
     remat: Remat = "keep_dots"
     """Activations that each block saves for its backward pass: all, the outputs of matrix products
-    with weights, or only the block's input."""
+    with weights and of the attention, or only the block's input."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")

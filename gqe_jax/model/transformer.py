@@ -17,10 +17,15 @@ from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
 from gqe_kernels import Attention, Implementation, get_attention
 from gqe_kernels.contract import AnyArray
+from gqe_kernels.derivatives import ATTENTION_OUTPUT
 
+_POLICIES = jax.checkpoint_policies
 _REMAT_POLICY = {
-    "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "keep_nothing": jax.checkpoint_policies.nothing_saveable,
+    "keep_dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable,
+        _POLICIES.save_only_these_names(ATTENTION_OUTPUT),
+    ),
+    "keep_nothing": _POLICIES.nothing_saveable,
 }
 
 

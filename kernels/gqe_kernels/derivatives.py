@@ -1,19 +1,23 @@
-"""Derivatives that an implementation lacks: their error names the one that has them.
+"""What the gradients of implementations share: the name of what they keep, and what they lack.
 
-JAX's own errors, of a function whose gradient is written by hand, name no way out, and they come
-when a program is lowered, where no caller can add one. So tangents pass through an identity that
-exists only where the derivative does: lowering it, or transposing it, raises.
+An implementation may lack a derivative; its error names the one that has it. JAX's own errors, of a
+function whose gradient is written by hand, name no way out, and they come when a program is
+lowered, where no caller can add one. So tangents pass through an identity that exists only where
+the derivative does: lowering it, or transposing it, raises.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 Kind = Literal["forward-mode derivative", "gradient of its gradient", "derivative of its gradient"]
+
+ATTENTION_OUTPUT = "attention_output"
 
 _identity_p = Primitive("gqe_derivative")
 
@@ -70,3 +74,12 @@ def without_derivative[**Arguments, Result](
     marked = jax.custom_jvp(function)
     marked.defjvp(derivative, symbolic_zeros=True)
     return marked
+
+
+def named_output[Output](output: Output) -> Output:
+    """The same arrays, named `ATTENTION_OUTPUT` for policies of `jax.checkpoint`.
+
+    An implementation names all that its forward pass leaves for its backward pass: where a policy
+    keeps these arrays, the forward pass does not run again.
+    """
+    return jax.tree.map(lambda x: checkpoint_name(x, ATTENTION_OUTPUT), output)

@@ -14,7 +14,7 @@ from jax import lax
 
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
-from gqe_kernels.derivatives import without_derivative
+from gqe_kernels.derivatives import named_output, without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
 from gqe_kernels.varying import vary_over, varying_axes
@@ -167,6 +167,7 @@ def _flash_forward(tiling, query, key, value, mask):
     out, logsumexp = lax.map(row_of_blocks, jnp.arange(num_q))
     out = jnp.moveaxis(out, 0, 3).reshape(query.shape)
     logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(query.shape[:-1])
+    out, logsumexp = named_output((out, logsumexp))
     return out, (query, key, value, mask, out, logsumexp)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
-from gqe_kernels.derivatives import without_derivative
+from gqe_kernels.derivatives import named_output, without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_gpu.backward import backward
 from gqe_kernels.pallas_gpu.blocks import DEFAULTS, WARPGROUPS, BlockSizes
@@ -147,7 +147,7 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     selects = operands.expert_index is not None
     run = functools.partial(forward, keep_selected=selects, **static._asdict())
     run = without_derivative("derivative of its gradient", "pallas_gpu", run)
-    found = run(operands, mask, visited.forward)
+    found = named_output(run(operands, mask, visited.forward))
     if not selects:
         found = found._replace(selected=operands.query)
     unread: Any = None  # the selected queries stand for both

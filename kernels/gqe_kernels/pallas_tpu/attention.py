@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gqe_kernels.contract import Mask, Routed, Slots
-from gqe_kernels.derivatives import without_derivative
+from gqe_kernels.derivatives import named_output, without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.pallas_tpu.backward import backward
 from gqe_kernels.pallas_tpu.blocks import BlockSizes, default_block_sizes
@@ -81,7 +81,7 @@ def _attention(static: _Static, flat: Flat, mask: Mask):
 def _attention_forward(static: _Static, flat: Flat, mask: Mask):
     run = functools.partial(forward, **static._asdict())
     run = without_derivative("derivative of its gradient", "pallas_tpu", run)
-    slots, logsumexp = run(flat, mask)
+    slots, logsumexp = named_output(run(flat, mask))
     return slots, (flat, mask, slots, logsumexp)
 
 
