@@ -14,7 +14,7 @@ Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
+Remat = Literal["keep_everything", "keep_dots", "keep_attention", "offload", "keep_nothing"]
 MAX_SIZE = (1 << 31) - 1
 _MAX_ELEMENTS = 1 << 48  # of a parameter; sizes beyond 2⁶³ overflow in JAX
 
@@ -175,8 +175,10 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     """Dtype of activations and matrix products; parameters, router and loss are float32."""
     remat: Remat = "keep_dots"
-    """Activations that each block saves for its backward pass: all, the outputs of matrix products
-    with weights and of the attention, or only the block's input."""
+    """Activations that each block saves for its backward pass: all (`keep_everything`), the outputs
+    of matrix products with weights and of the attention (`keep_dots`), the block's input and the
+    output of the attention (`keep_attention`), both in the host's memory (`offload`), or only the
+    block's input (`keep_nothing`)."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")
