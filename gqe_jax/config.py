@@ -246,6 +246,11 @@ class OptimizerConfig:
     epsilon: float = 1e-7
     weight_decay: float = 0.1
     """Decoupled weight decay of all parameters except the scales of norms."""
+    first_moment_dtype: Dtype = "float32"
+    """Dtype in which the mean of gradients is stored; bfloat16 saves two bytes a parameter."""
+    shard_state_over_data: bool = False
+    """Shard the optimizer state over `mesh.data` too (ZeRO-1, arXiv 1910.02054): each replica
+    updates its part of the parameters, which are then gathered."""
     zclip: bool = True
     """Clip gradient norms adaptively (arXiv 2504.02507); False: only at `clip_cap`."""
     zclip_alpha: float = 0.97
@@ -269,6 +274,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
+        _check_choice(self, "first_moment_dtype", Dtype)
         if self.schedule_steps is not None:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
