@@ -14,7 +14,7 @@ Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["keep_everything", "keep_dots", "keep_nothing"]
+Remat = Literal["keep_everything", "keep_dots", "keep_attention", "offload", "keep_nothing"]
 MAX_SIZE = (1 << 31) - 1
 _MAX_ELEMENTS = 1 << 48  # of a parameter; sizes beyond 2⁶³ overflow in JAX
 
@@ -175,8 +175,10 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"
     """Dtype of activations and matrix products; parameters, router and loss are float32."""
     remat: Remat = "keep_dots"
-    """Activations that each block saves for its backward pass: all, the outputs of matrix products
-    with weights, or only the block's input."""
+    """Activations that each block saves for its backward pass: all (`keep_everything`), the outputs
+    of matrix products with weights and of the attention (`keep_dots`), the block's input and the
+    output of the attention (`keep_attention`), both in the host's memory (`offload`), or only the
+    block's input (`keep_nothing`)."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_layers", "mlp_dim", "vocab_size", "norm_epsilon")
@@ -244,6 +246,11 @@ class OptimizerConfig:
     epsilon: float = 1e-7
     weight_decay: float = 0.1
     """Decoupled weight decay of all parameters except the scales of norms."""
+    first_moment_dtype: Dtype = "float32"
+    """Dtype in which the mean of gradients is stored; bfloat16 saves two bytes a parameter."""
+    shard_state_over_data: bool = False
+    """Shard the optimizer state over `mesh.data` too (ZeRO-1, arXiv 1910.02054): each replica
+    updates its part of the parameters, which are then gathered."""
     zclip: bool = True
     """Clip gradient norms adaptively (arXiv 2504.02507); False: only at `clip_cap`."""
     zclip_alpha: float = 0.97
@@ -267,6 +274,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
+        _check_choice(self, "first_moment_dtype", Dtype)
         if self.schedule_steps is not None:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):

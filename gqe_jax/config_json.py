@@ -18,6 +18,7 @@ from gqe_jax.config import ConfigError, RunConfig
 RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches", "resume_step")
 RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
 RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
+RESUMABLE += ("optimizer.shard_state_over_data",)
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
 

@@ -154,19 +154,36 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
     """Shardings for a tree of (abstract) arrays and `nnx.Variable`s, from their logical axes.
 
     Leaves without logical axes, such as a step counter, are replicated.
+
+    Args:
+      over_data: shard the first axis that divides over the data axis too. It is none of layers: a
+        layer's gradient is then reduced and scattered where the backward pass computes it.
     """
 
     def of(leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         axes = leaf.get_metadata().get("out_sharding") or (None,) * len(leaf.shape)
-        return leaf.replace(NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)))
+        spec = partition_spec(axes, leaf.shape, mesh)
+        if over_data:
+            spec = _over_data(spec, axes, leaf.shape, mesh)
+        return leaf.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _over_data(
+    spec: PartitionSpec, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+) -> PartitionSpec:
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        names = (*jax.tree.leaves(spec[i]), "data")
+        if axis != "layer" and size % math.prod(mesh.shape[name] for name in names) == 0:
+            return PartitionSpec(*spec[:i], names, *spec[i + 1 :])
+    return spec
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

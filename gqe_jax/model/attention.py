@@ -41,7 +41,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -56,10 +55,6 @@ from gqe_jax.sharding import explicit_axes
 from gqe_kernels import Attention, Implementation, Routed, Slots, best_attention, get_attention
 from gqe_kernels.contract import AnyArray, default_scale
 from gqe_kernels.projection import Projected, Projection
-from gqe_kernels.remat import kept
-
-PROJECTION = "projection"
-"""The name that `jax.checkpoint` policies know the projected heads by."""
 
 
 @jax.tree_util.register_dataclass
@@ -249,13 +244,7 @@ class _Attention(nnx.Module):
             epsilon=config.qk_norm_epsilon,
             means=means,
         )
-        projected = sharded_project(x.astype(dtype), projection)
-
-        def keep(y: Array) -> Array:
-            is_float = jnp.issubdtype(y.dtype, jnp.floating)
-            return kept(y, PROJECTION) if is_float else checkpoint_name(y, PROJECTION)
-
-        return jax.tree.map(keep, projected)
+        return sharded_project(x.astype(dtype), projection)
 
     def _in_one_pass(self, x: Float[Array, "batch length embed"]) -> bool:
         """Whether one function may make all heads: `project` knows plain weights alone.

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import ModelConfig
-from gqe_jax.model.attention import PROJECTION, AttentionAux, make_attention
+from gqe_jax.model.attention import AttentionAux, make_attention
 from gqe_jax.model.cache import KVCache
 from gqe_jax.model.layers import SwiGLU, embedding, rms_norm
 from gqe_jax.model.sharded_attention import sharded
@@ -17,13 +18,23 @@ from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
 from gqe_kernels import Attention, Implementation, get_attention
 from gqe_kernels.contract import AnyArray
+from gqe_kernels.remat import ATTENTION_OUTPUT, PROJECTION
 
+_BLOCK_INPUT = "block_input"
+_POLICIES = jax.checkpoint_policies
 _REMAT_POLICY = {
-    "keep_dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    "keep_dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable,
+        _POLICIES.save_only_these_names(PROJECTION, ATTENTION_OUTPUT),
     ),
-    "keep_nothing": jax.checkpoint_policies.nothing_saveable,
+    "keep_attention": _POLICIES.save_only_these_names(ATTENTION_OUTPUT),
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT, ATTENTION_OUTPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "keep_nothing": _POLICIES.nothing_saveable,
 }
 
 
@@ -158,6 +169,7 @@ class Transformer(nnx.Module):
 
         def step(x, layer):
             params, cache = layer
+            x = checkpoint_name(x, _BLOCK_INPUT)
             x, aux, cache = block(nnx.merge(graphdef, params), x, cache)
             return x, (aux, cache)
 

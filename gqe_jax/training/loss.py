@@ -18,48 +18,63 @@ from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import partition_spec
 
 
-def chunked_cross_entropy(
+class TeacherOutput(NamedTuple):
+    """What a teacher predicts, which gets no gradient.
+
+    Attributes:
+      hidden: its final hidden states.
+      table: its `Transformer.logit_table`.
+      weight: share of the divergence from it in the objective.
+    """
+
+    hidden: Float[Array, "batch length teacher_embed"]
+    table: Float[Array, "vocab teacher_embed"]
+    weight: float
+
+
+def chunked_loss(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
     targets: Int[Array | np.ndarray, "batch length"],
     weights: Float[Array | np.ndarray, "batch length"],
     *,
+    z_loss_weight: float = 0.0,
+    teacher: TeacherOutput | None = None,
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums over tokens of the cross-entropy, in nats, and of the squared logsumexp.
+    """Weighted sums over tokens of the objective, and of the cross-entropy in nats.
 
-    Logits exist for `chunk` positions of a device's sequences at a time, and the backward pass
-    recomputes them, so that [batch, length, vocab] is never stored.
+    The objective of a token is its cross-entropy plus `z_loss_weight` times its squared logsumexp.
+    With a teacher, KL(teacher || student) = Σ p_teacher · log(p_teacher / p) over the vocabulary
+    replaces `teacher.weight` of the cross-entropy. Only the objective has a gradient, with respect
+    to `hidden` and `table`.
+
+    Logits exist for `chunk` positions of a device's sequences at a time, so that
+    [batch, length, vocab] is never stored. Where a gradient is asked for, the forward pass computes
+    it chunk by chunk, and the backward pass scales it by the objective's cotangent, a scalar: the
+    logits are computed once.
 
     Args:
       hidden: final hidden states; logits are their products with the table's rows, accumulated in
         float32.
       table: `Transformer.logit_table`.
       targets: the token that each position predicts.
-      weights: weight of each position, 0 to exclude it; without gradient.
+      weights: weight of each position, 0 to exclude it. For a mean, weights that sum to 1: then the
+        cotangent is 1, and the gradient is rounded once.
+      z_loss_weight: weight of the squared logsumexp.
+      teacher: None: no distillation.
       chunk: positions per chunk.
     """
-    per_token = targets, weights.astype(jnp.float32)
-    nats, squares = _sums_over_chunks(_cross_entropy, chunk, table, hidden, per_token, ())
-    return nats, squares
-
-
-def chunked_divergence(
-    hidden: Float[Array, "batch length embed"],
-    table: Float[Array, "vocab embed"],
-    teacher_hidden: Float[Array, "batch length teacher_embed"],
-    teacher_table: Float[Array, "vocab teacher_embed"],
-    weights: Float[Array | np.ndarray, "batch length"],
-    *,
-    chunk: int = 512,
-) -> Float[Array, ""]:
-    """Weighted sum over tokens of KL(teacher || student), in nats: the sum over the vocabulary of
-    p_teacher · log(p_teacher / p). Arguments and memory as in `chunked_cross_entropy`; the teacher
-    gets no gradient.
-    """
-    per_token = teacher_hidden, weights.astype(jnp.float32)
-    fixed = (teacher_table.astype(teacher_hidden.dtype),)
-    return _sums_over_chunks(_divergence, chunk, table, hidden, per_token, fixed)[0]
+    per_token, fixed, teacher_weight = (targets, weights.astype(jnp.float32)), (), 0.0
+    if teacher is not None:
+        per_token = *per_token, teacher.hidden
+        fixed = (teacher.table.astype(teacher.hidden.dtype),)
+        teacher_weight = teacher.weight
+    one_chunk = functools.partial(_losses, z_loss_weight, teacher_weight)
+    objective, nats = _sums_over_chunks(
+        functools.partial(_local_losses, one_chunk, chunk), table, hidden, per_token, fixed
+    )
+    return objective, nats
 
 
 def chunked_scores(
@@ -71,11 +86,11 @@ def chunked_scores(
     chunk: int = 256,
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
     """Each row's weighted log-likelihood, and its weighted number of targets that are not the most
-    probable token. Arguments and memory as in `chunked_cross_entropy`.
+    probable token, without gradient. Arguments and memory as in `chunked_loss`.
     """
     per_token = targets, weights.astype(jnp.float32)
-    sums = _sums_over_chunks(_scores, chunk, table, hidden, per_token, (), by_row=True)
-    log_likelihood, misses = sums
+    local = functools.partial(_local_sums, _scores, chunk)
+    log_likelihood, misses = _sums_over_chunks(local, table, hidden, per_token, (), by_row=True)
     return log_likelihood, misses
 
 
@@ -86,11 +101,28 @@ class _Axes(NamedTuple):
     embed: str | tuple[str, ...] | None
 
 
-def _cross_entropy(axes: _Axes, hidden, table, targets, weights):
+def _losses(
+    z_loss_weight: float,
+    teacher_weight: float,
+    axes: _Axes,
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    weights: Array,
+    *teacher: Array,
+) -> tuple[Array, Array]:
+    """The objective and the cross-entropy of a chunk; `teacher` is its hidden states and table."""
     logits = _logits(hidden, table)
     logsumexp = _logsumexp(logits, axes)
-    nats = jnp.sum(weights * (logsumexp - _at_target(logits, targets, axes)))
-    return nats, jnp.sum(weights * jnp.square(logsumexp))
+    nats = logsumexp - _at_target(logits, targets, axes)
+    objective = (1 - teacher_weight) * nats + z_loss_weight * jnp.square(logsumexp)
+    if teacher:
+        theirs = _logits(*teacher)
+        theirs -= _logsumexp(theirs, axes)[..., None]
+        ours = logits - logsumexp[..., None]
+        divergence = _psum_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
+        objective += teacher_weight * divergence
+    return jnp.sum(weights * objective), jnp.sum(weights * nats)
 
 
 def _scores(axes: _Axes, hidden, table, targets, weights):
@@ -98,14 +130,6 @@ def _scores(axes: _Axes, hidden, table, targets, weights):
     log_likelihood = _at_target(logits, targets, axes) - _logsumexp(logits, axes)
     is_other = _most_probable(logits, axes) != targets
     return tuple(jnp.sum(weights * x, axis=1) for x in (log_likelihood, is_other))
-
-
-def _divergence(axes: _Axes, hidden, table, teacher_hidden, weights, teacher_table):
-    ours, theirs = _logits(hidden, table), _logits(teacher_hidden, teacher_table)
-    ours -= _logsumexp(ours, axes)[..., None]
-    theirs -= _logsumexp(theirs, axes)[..., None]
-    nats = _psum_vocab(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1), axes)
-    return (jnp.sum(weights * nats),)
 
 
 def _at_target(logits: Array, targets: Array, axes: _Axes) -> Array:
@@ -149,8 +173,7 @@ def _logsumexp(logits: Float[Array, "batch length vocab"], axes: _Axes) -> Array
 
 
 def _sums_over_chunks(
-    one_chunk: Callable[..., tuple[Array, ...]],
-    chunk: int,
+    local_sums: Callable[..., tuple[Array, ...]],
     table: Array,
     hidden: Array,
     per_token: tuple[Array | np.ndarray, ...],
@@ -158,17 +181,16 @@ def _sums_over_chunks(
     *,
     by_row: bool = False,
 ) -> tuple[Array, ...]:
-    """Sums `one_chunk(axes, hidden, table, *per_token, *fixed)` over chunks of `chunk` positions;
-    only `table` and `hidden` have gradients.
+    """Sums over all devices of `local_sums(axes, table, hidden, per_token, fixed)` of their shards.
 
     Args:
-      per_token: further arrays [batch, length, ...] to be cut into chunks.
+      per_token: further arrays [batch, length, ...].
       fixed: further tables [vocab, ...].
-      by_row: `one_chunk` returns a sum for each row of the batch, not one of all.
+      by_row: the sums are of each row of the batch, not of all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _local_sums(one_chunk, chunk, _Axes(None, None), table, hidden, per_token, fixed)
+        return local_sums(_Axes(None, None), table, hidden, per_token, fixed)
 
     def rows(x):
         axes = ("batch", "sequence", *(None,) * (x.ndim - 2))
@@ -180,7 +202,7 @@ def _sums_over_chunks(
     summed = tuple(jax.tree.leaves(sequence if by_row else (batch, sequence)))
 
     def local(table, hidden, per_token, fixed):
-        sums = _local_sums(one_chunk, chunk, axes, table, hidden, per_token, fixed)
+        sums = local_sums(axes, table, hidden, per_token, fixed)
         return jax.lax.psum(sums, summed) if summed else sums
 
     vocab_rows = partition_spec(("vocab", None), table.shape, mesh)
@@ -193,8 +215,8 @@ def _sums_over_chunks(
     )(table, hidden, per_token, fixed)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _local_sums(one_chunk, chunk, axes, table, hidden, per_token, fixed):
+    """Sums `one_chunk(axes, hidden, table, *per_token, *fixed)` over chunks of positions."""
     table = _gathered(table, hidden.dtype, axes)
     inputs = _chunks((hidden, *per_token), chunk)
 
@@ -209,35 +231,40 @@ def _local_sums(one_chunk, chunk, axes, table, hidden, per_token, fixed):
     return sums
 
 
-def _local_sums_forward(one_chunk, chunk, axes, *arrays):
-    return _local_sums(one_chunk, chunk, axes, *arrays), arrays
+_local_losses = jax.custom_vjp(_local_sums, nondiff_argnums=(0, 1, 2))
 
 
-def _local_sums_backward(one_chunk, chunk, axes, arrays, d_sums):
-    """Sums the table's gradient over chunks and devices in float32."""
-    shard, hidden, per_token, fixed = arrays
+def _local_losses_forward(one_chunk, chunk, axes, shard, hidden, per_token, fixed):
+    """The sums, and the first one's gradients; the table's is summed over chunks in float32."""
     table = _gathered(shard, hidden.dtype, axes)
 
-    def part(d_table, x):
-        own_hidden, *own_per_token = x
-        _, pullback = jax.vjp(
-            lambda hidden, table: one_chunk(axes, hidden, table, *own_per_token, *fixed),
-            own_hidden,
-            table,
-        )
-        d_hidden, d_part = pullback(d_sums)
-        return d_table + d_part.astype(jnp.float32), d_hidden
+    def part(carry, x):
+        sums, d_table = carry
+        hidden, *per_token = x
+        (objective, nats), (d_hidden, d_part) = jax.value_and_grad(
+            lambda hidden, table: one_chunk(axes, hidden, table, *per_token, *fixed),
+            argnums=(0, 1),
+            has_aux=True,
+        )(hidden, table)
+        sums = jax.tree.map(jnp.add, sums, (objective, nats))
+        return (sums, d_table + d_part.astype(jnp.float32)), d_hidden
 
-    d_table, d_hidden = jax.lax.scan(
-        part, jnp.zeros(table.shape, jnp.float32), _chunks((hidden, *per_token), chunk)
-    )
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero), jnp.zeros(table.shape, jnp.float32)
+    (sums, d_table), d_hidden = jax.lax.scan(part, start, _chunks((hidden, *per_token), chunk))
     if axes.embed:
         d_table = jax.lax.psum_scatter(d_table, axes.embed, scatter_dimension=1, tiled=True)
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return d_table.astype(shard.dtype), d_hidden[:, : hidden.shape[1]], None, None
+    return sums, (d_table.astype(shard.dtype), d_hidden[:, : hidden.shape[1]])
 
 
-_local_sums.defvjp(_local_sums_forward, _local_sums_backward)
+def _local_losses_backward(one_chunk, chunk, axes, gradients, d_sums):
+    """Scales the gradients of the first sum; the second one has none."""
+    d_table, d_hidden = ((d_sums[0] * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
+    return d_table, d_hidden, None, None
+
+
+_local_losses.defvjp(_local_losses_forward, _local_losses_backward)
 
 
 def _gathered(table: Array, dtype: Any, axes: _Axes) -> Array:

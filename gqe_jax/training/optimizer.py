@@ -116,7 +116,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.scale_by_adam(
+            config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
+        ),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(warmup_stable_decay(config, steps)),
     )

@@ -78,7 +78,13 @@ def lay_out_state(
         return begin(nnx.state(model, nnx.Param))
 
     graphdef, _ = lay_out_params(config.model, mesh, implementation=implementation)
-    abstract = _with_shardings(jax.eval_shape(init), mesh)
+    shapes = jax.eval_shape(init)
+    abstract = dataclasses.replace(
+        _with_shardings(shapes, mesh),
+        opt_state=_with_shardings(
+            shapes.opt_state, mesh, over_data=config.optimizer.shard_state_over_data
+        ),
+    )
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     return StateLayout(
         mesh=mesh,
@@ -92,9 +98,9 @@ def lay_out_state(
     )
 
 
-def _with_shardings[Tree](abstract: Tree, mesh: Mesh) -> Tree:
+def _with_shardings[Tree](abstract: Tree, mesh: Mesh, *, over_data: bool = False) -> Tree:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
-        shardings(abstract, mesh),
+        shardings(abstract, mesh, over_data=over_data),
     )

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from gqe_jax.config import RunConfig
 from gqe_jax.data.batch import Batch
 from gqe_jax.model.attention import AttentionAux
-from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
 from gqe_jax.training import loss as losses
 from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
@@ -61,28 +60,22 @@ def forward_loss(
     """
     model = nnx.merge(graphdef, params)
     hidden, aux, _ = model(batch.inputs, segment_ids=batch.segment_ids)
-    nats, squares = losses.chunked_cross_entropy(
-        hidden, model.logit_table, batch.targets, batch.weights
+    objective, cross_entropy = losses.chunked_loss(
+        hidden,
+        model.logit_table,
+        batch.targets,
+        batch.weights / token_count,
+        z_loss_weight=config.optimizer.z_loss_weight,
+        teacher=None if teacher is None else _output(teacher, batch, config),
     )
-    cross_entropy = nats / token_count
-    z_loss = config.optimizer.z_loss_weight * squares / token_count
-    objective = cross_entropy
-    if teacher is not None:
-        nats = _divergence(model, hidden, teacher, batch)
-        weight = config.optimizer.distillation_weight
-        objective = (1 - weight) * cross_entropy + weight * nats / token_count
-    total = objective + z_loss + losses.router_loss(aux, config.optimizer)
-    return total, (cross_entropy, aux)
+    return objective + losses.router_loss(aux, config.optimizer), (cross_entropy, aux)
 
 
-def _divergence(
-    model: Transformer, hidden: Array, teacher: Teacher, batch: Batch
-) -> Float[Array, ""]:
-    other = nnx.merge(teacher.graphdef, teacher.params)
-    other_hidden, _, _ = other(batch.inputs, segment_ids=batch.segment_ids)
-    return losses.chunked_divergence(
-        hidden, model.logit_table, other_hidden, other.logit_table, batch.weights
-    )
+def _output(teacher: Teacher, batch: Batch, config: RunConfig) -> losses.TeacherOutput:
+    model = nnx.merge(teacher.graphdef, teacher.params)
+    hidden, _, _ = model(batch.inputs, segment_ids=batch.segment_ids)
+    weight = config.optimizer.distillation_weight
+    return losses.TeacherOutput(hidden, model.logit_table, weight)
 
 
 def gradients(
@@ -151,6 +144,9 @@ def make_steps(
         if teacher is not None and teacher_params is not None:
             guide = dataclasses.replace(teacher, params=teacher_params)
         grads, cross_entropy, aux = gradients(config, layout.graphdef, state.params, batch, guide)
+        if config.optimizer.shard_state_over_data:
+            spread = shardings(layout.abstract.params, mesh, over_data=True)
+            grads = jax.lax.with_sharding_constraint(grads, spread)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
@@ -169,9 +165,7 @@ def make_steps(
     def eval_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
         model = nnx.merge(layout.graphdef, params)
         hidden, _, _ = model(batch.inputs, segment_ids=batch.segment_ids)
-        nats, _ = losses.chunked_cross_entropy(
-            hidden, model.logit_table, batch.targets, batch.weights
-        )
+        _, nats = losses.chunked_loss(hidden, model.logit_table, batch.targets, batch.weights)
         return nats, jnp.sum(batch.weights)
 
     state, rows = layout.sharding, batch_sharding(mesh)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.pallas_tpu import projection as pallas_tpu
 from gqe_kernels.projection import Projected, Projection, reference
+from gqe_kernels.remat import PROJECTION, kept
 from gqe_kernels.varying import vary_alike
 
 
@@ -31,7 +32,7 @@ def _project(x, projection: Projection) -> Projected:
 
 
 def _forward(x, projection: Projection):
-    projected = _by_platform(pallas_tpu.forward, reference, (x, projection))
+    projected = kept(_by_platform(pallas_tpu.forward, reference, (x, projection)), PROJECTION)
     return projected, (x, projection, projected.expert_index)
 
 

@@ -1,26 +1,31 @@
-"""Names for arrays that `jax.checkpoint` is to keep."""
+"""Names by which policies of `jax.checkpoint` know what to keep."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+
+PROJECTION = "projection"
+"""What `project` returns."""
+ATTENTION_OUTPUT = "attention_output"
+"""All that an implementation's forward pass leaves for its backward pass."""
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def kept(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
-    """`x`, known to the policies of `jax.checkpoint` by this name.
+def kept[Tree](tree: Tree, name: str) -> Tree:
+    """The same arrays, under this name; for a forward rule, since it passes on no derivative.
 
-    `jax.checkpoint` rounds the numbers that it keeps to the type that they have, to undo what XLA
-    may have made of them: a pass over the array on TPU, of which a kernel's result has no need. So
-    their bits are named.
+    Where a policy keeps them, what made them does not run again in the backward pass. Of floats
+    the bits are named: `jax.checkpoint` rounds the numbers that it keeps to the type that they
+    have, to undo what XLA may have made of them, and on TPU that is a pass over the array, of which
+    a kernel's result has no need.
     """
-    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
 
+    def keep(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return checkpoint_name(x, name)
+        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
 
-@kept.defjvp
-def _kept_jvp(name, primals, tangents):
-    return kept(*primals, name), tangents[0]
+    return jax.tree.map(keep, tree)

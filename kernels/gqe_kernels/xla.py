@@ -17,6 +17,7 @@ from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
+from gqe_kernels.remat import ATTENTION_OUTPUT, kept
 from gqe_kernels.varying import vary_over, varying_axes
 
 MASKED = -1e30
@@ -167,6 +168,7 @@ def _flash_forward(tiling, query, key, value, mask):
     out, logsumexp = lax.map(row_of_blocks, jnp.arange(num_q))
     out = jnp.moveaxis(out, 0, 3).reshape(query.shape)
     logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(query.shape[:-1])
+    out, logsumexp = kept((out, logsumexp), ATTENTION_OUTPUT)
     return out, (query, key, value, mask, out, logsumexp)
 
 

@@ -307,17 +307,17 @@ def test_a_step_compiled_for_a_slice_that_is_not_here(compiled):
     assert memory.parameters == 4 * (count_parameters(SMALL.model) - 7 * 128) // 2 + 4 * 7 * 128
     assert 2 * memory.parameters <= memory.optimizer <= 2 * memory.parameters + 200
     assert memory.parameters + memory.optimizer + memory.temporaries <= memory.peak
-    # 2 sequences a device: forward, and forward and backward again under remat; 3 active heads.
+    # 2 sequences a device, 3 active heads. Under remat the forward kernel does not run again.
     pairs = 2 * 3 * 128 * 129 // 2 * 3
     products = {name: flops / (2 * 128 * pairs) for name, flops in costs.kernel_flops.items()}
     assert products["gqe_backward"] == 5
-    assert products["gqe_forward"] in (2, 4)
+    assert products["gqe_forward"] == 2
     assert any(c.kind == "all-gather" and c.axes == ("fsdp",) for c in compiled.collectives)
-    # The backward pass has two products for each of the forward pass; logits may be computed twice.
+    # The backward pass has two products for each of the forward pass.
     tokens, d = 2 * 128, 128
     layer = d * 128 * (4 + 2 * 2 + 4 + 1) + d * 4 + 3 * d * 256
     least = 2 * tokens * 3 * (3 * layer + d * 512)
-    assert least <= costs.product_flops < 1.5 * least
+    assert least <= costs.product_flops < 1.01 * least
     shown = as_text(compiled)
     assert "not a measurement" in shown
     assert "of 16 GiB" in shown

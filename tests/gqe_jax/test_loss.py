@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against the whole, and the router's losses."""
+"""The chunked losses against those of the whole batch, and the router's losses."""
 
 import functools
 
@@ -10,57 +10,75 @@ import pytest
 from gqe_jax.config import MeshConfig, OptimizerConfig
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import OnMesh, make_mesh
-from gqe_jax.training.loss import (
-    chunked_cross_entropy,
-    chunked_divergence,
-    chunked_scores,
-    router_loss,
+from gqe_jax.training.loss import TeacherOutput, chunked_loss, chunked_scores, router_loss
+
+
+def _softmax(logits):
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chunk", "teacher_weight"),
+    [
+        (None, 5, None),
+        (None, 512, 0.25),
+        (MeshConfig(data=2, context=2, tensor=2), 3, 0.25),
+        (MeshConfig(fsdp=2, tensor=4), 3, None),
+    ],
 )
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 5, 11, 512])
-def test_chunks_add_up_to_the_whole(chunk):
+def test_losses_and_gradients_are_those_of_the_whole_batch(mesh, chunk, teacher_weight):
+    """Against float64 NumPy, scaled by a cotangent; a teacher of another width."""
     rng = np.random.default_rng(0)
-    hidden, table = rng.standard_normal((2, 11, 8)), rng.standard_normal((17, 8))
-    targets = rng.integers(0, 17, (2, 11))
-    weights = (rng.random((2, 11)) > 0.3).astype(np.float64)
+    hidden, table = rng.standard_normal((4, 12, 8)), rng.standard_normal((16, 8))
+    other_hidden, other_table = rng.standard_normal((4, 12, 4)), rng.standard_normal((16, 4))
+    targets = rng.integers(0, 16, (4, 12))
+    weights = rng.random((4, 12)) * (rng.random((4, 12)) > 0.3)
+    share, z = teacher_weight or 0.0, 0.1
+
     logits = hidden @ table.T
+    ours, theirs = _softmax(logits), _softmax(other_hidden @ other_table.T)
     logsumexp = np.log(np.exp(logits).sum(axis=-1))
-    at_target = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = logsumexp - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    divergence = np.sum(theirs * np.log(theirs / ours), axis=-1)
+    objective = (1 - share) * nats + share * divergence + z * logsumexp**2
+    d_logits = (1 - share) * (ours - np.eye(16)[targets]) + share * (ours - theirs)
+    d_logits = weights[..., None] * (d_logits + 2 * z * logsumexp[..., None] * ours)
 
-    def sums(hidden, table):
-        return chunked_cross_entropy(hidden, table, targets, jnp.asarray(weights), chunk=chunk)
+    def losses(hidden, table):
+        teacher = None
+        if teacher_weight is not None:
+            teacher = TeacherOutput(
+                jnp.float32(other_hidden), jnp.float32(other_table), teacher_weight
+            )
+        each = jnp.float32(weights)
+        found = chunked_loss(
+            hidden, table, targets, each, z_loss_weight=z, teacher=teacher, chunk=chunk
+        )
+        return 3 * found[0], found  # the cotangent
 
-    nats, squares = sums(jnp.float32(hidden), jnp.float32(table))
-    assert float(nats) == pytest.approx(np.sum(weights * (logsumexp - at_target)), rel=1e-5)
-    assert float(squares) == pytest.approx(np.sum(weights * logsumexp**2), rel=1e-5)
+    def on_mesh(function):
+        return jax.jit(function) if mesh is None else OnMesh(make_mesh(mesh), jax.jit(function))
 
-    probs = np.exp(logits - logsumexp[..., None])
-    d_logits = weights[..., None] * (probs - np.eye(17)[targets])
-    grads = jax.grad(lambda *a: sums(*a)[0], argnums=(0, 1))(
-        jnp.float32(hidden), jnp.float32(table)
-    )
-    np.testing.assert_allclose(grads[0], d_logits @ table, atol=1e-4)
-    np.testing.assert_allclose(grads[1], np.einsum("btv,bte->ve", d_logits, hidden), atol=1e-4)
+    arrays = jnp.float32(hidden), jnp.float32(table)
+    expected = np.sum(weights * objective), np.sum(weights * nats)
+    _, without_gradient = on_mesh(losses)(*arrays)
+    np.testing.assert_allclose(without_gradient, expected, rtol=1e-5)
+    gradients = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
+    (_, found), (d_hidden, d_table) = on_mesh(gradients)(*arrays)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(d_hidden, 3 * d_logits @ table, atol=2e-4)
+    np.testing.assert_allclose(d_table, 3 * np.einsum("btv,bte->ve", d_logits, hidden), atol=2e-4)
 
 
-@pytest.mark.parametrize("chunk", [3, 512])
-def test_divergence_from_a_teacher_of_another_width(chunk):
-    rng = np.random.default_rng(0)
-    hidden, table = rng.standard_normal((2, 7, 8)), rng.standard_normal((17, 8))
-    other_hidden, other_table = rng.standard_normal((2, 7, 4)), rng.standard_normal((17, 4))
-    weights = (rng.random((2, 7)) > 0.3).astype(np.float64)
-
-    def softmax(logits):
-        return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-
-    ours, theirs = softmax(hidden @ table.T), softmax(other_hidden @ other_table.T)
-    expected = np.sum(weights * np.sum(theirs * np.log(theirs / ours), axis=-1))
-    arrays = [jnp.float32(x) for x in (hidden, table, other_hidden, other_table, weights)]
-    assert float(chunked_divergence(*arrays, chunk=chunk)) == pytest.approx(expected, rel=1e-5)
-
-    grad = jax.grad(lambda h: chunked_divergence(h, *arrays[1:], chunk=chunk))(arrays[0])
-    np.testing.assert_allclose(grad, weights[..., None] * (ours - theirs) @ table, atol=1e-4)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_logits_are_computed_once(gradient):
+    """One product for the losses, and two more for their gradients."""
+    arrays = jnp.ones((2, 8, 4)), jnp.ones((16, 4)), np.ones((2, 8), int), jnp.ones((2, 8))
+    loss = lambda hidden, table: chunked_loss(hidden, table, *arrays[2:], chunk=4)[0]  # noqa: E731
+    function = jax.grad(loss, argnums=(0, 1)) if gradient else loss
+    program = jax.jit(function).lower(*arrays[:2]).as_text()
+    assert program.count("dot_general") == (3 if gradient else 1)
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, context=2, tensor=2)])
@@ -90,7 +108,7 @@ def test_the_logits_of_the_whole_batch_never_exist():
         jax.ShapeDtypeStruct((batch, length), jnp.int32),
         jax.ShapeDtypeStruct((batch, length), jnp.float32),
     ]
-    grad = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a)[0], argnums=(0, 1)))
+    grad = jax.jit(jax.grad(lambda *a: chunked_loss(*a)[0], argnums=(0, 1)))
     peak = grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     assert peak < batch * length * vocab * 4 / 2
 

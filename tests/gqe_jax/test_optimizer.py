@@ -1,5 +1,7 @@
 """AdamW, the schedule and ZClip against plain Python from their papers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +139,26 @@ def test_adamw_follows_its_formula():
     assert float(gradient_norms(state)[0]) == pytest.approx(
         np.sqrt(sum(np.sum(g**2) for g in grads.values())), rel=1e-5
     )
+
+
+def test_a_first_moment_in_bfloat16_changes_updates_by_its_rounding():
+    """Against float64; the sum of a few roundings to 8 bits."""
+    config = OptimizerConfig(
+        zclip=False, clip_cap=1e9, warmup_fraction=0.0, weight_decay=0.0, decay_fraction=0.0
+    )
+    config = dataclasses.replace(config, first_moment_dtype="bfloat16")
+    optimizer = make_optimizer(config, 10)
+    params = {"kernel": jnp.array([1.0, -2.0])}
+    state = optimizer.init(params)
+    rng, first, second = np.random.default_rng(0), np.zeros(2), np.zeros(2)
+    for step in range(1, 6):
+        g = rng.standard_normal(2)
+        updates, state = optimizer.update({"kernel": jnp.float32(g)}, state, params)
+        first, second = 0.9 * first + 0.1 * g, 0.95 * second + 0.05 * g**2
+        adam = first / (1 - 0.9**step) / np.sqrt(second / (1 - 0.95**step))
+        np.testing.assert_allclose(updates["kernel"], -5e-4 * adam, atol=5e-4 * 2**-6)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(state) if x.shape == (2,)}
+    assert dtypes == {"bfloat16", "float32"}
 
 
 def test_only_the_norms_are_spared_the_decay():

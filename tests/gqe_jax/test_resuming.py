@@ -246,6 +246,7 @@ def test_what_changes_no_number_is_no_difference(finished, corpus, tmp_path, mon
         model=dataclasses.replace(finished.model, remat="keep_nothing", attention=attention),
         data=dataclasses.replace(finished.data, corpus="moved/"),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        optimizer=dataclasses.replace(finished.optimizer, shard_state_over_data=True),
     )
     run(moved)
     ours, theirs = (column(config.run_dir, "loss") for config in (moved, undisturbed))

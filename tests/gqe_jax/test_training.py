@@ -1,6 +1,7 @@
 """The train step: the same numbers on every mesh and with every accumulation."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -102,6 +103,22 @@ def test_the_model_learns(on_one_device):
 def test_every_mesh_gives_the_same_losses(devices, mesh, on_one_device):
     values = losses(dataclasses.replace(CONFIG, mesh=mesh), devices)
     np.testing.assert_allclose(values, on_one_device, atol=1e-4)
+
+
+def _shard_bytes(tree) -> int:
+    """Bytes of the shards on one device."""
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=4, fsdp=2)])
+def test_optimizer_state_sharded_over_data_gives_the_same_losses(mesh, on_one_device):
+    optimizer = dataclasses.replace(CONFIG.optimizer, shard_state_over_data=True)
+    config = dataclasses.replace(CONFIG, mesh=mesh, optimizer=optimizer)
+    np.testing.assert_allclose(losses(config, 8), on_one_device, atol=1e-4)
+
+    abstract = make_steps(config, make_mesh(mesh)).layout.abstract
+    assert _shard_bytes(abstract.opt_state) < 1.1 * 2 * _shard_bytes(abstract.params) / mesh.data
 
 
 def test_segments_on_a_mixed_mesh():

@@ -43,7 +43,7 @@ def test_scan_equals_the_blocks_one_by_one():
     assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01  # each layer has its own weights
 
 
-@pytest.mark.parametrize("remat", ["keep_dots", "keep_nothing"])
+@pytest.mark.parametrize("remat", ["keep_dots", "keep_attention", "offload", "keep_nothing"])
 def test_remat_changes_memory_and_no_value(remat):
     cotangent = jax.random.normal(jax.random.key(2), (2, 10, 32))
 

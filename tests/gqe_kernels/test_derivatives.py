@@ -1,4 +1,4 @@
-"""Derivatives beyond the gradient: those of the reference, and the errors of the others."""
+"""Gradients under remat, and derivatives beyond: those of the reference, errors of the others."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gqe_kernels import routed_attention, xla
+from gqe_kernels.remat import ATTENTION_OUTPUT
 from tests.gqe_kernels.contract import Case, as_arguments, make_inputs
 
 
@@ -77,3 +78,19 @@ def test_a_gradient_of_many_blocks_has_its_forward_mode_derivative():
         return jax.jit(lambda q: jax.jvp(gradient, (q,), (jnp.ones_like(q),))[1])(query)
 
     np.testing.assert_allclose(product(in_blocks), product("reference"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kernel"),
+    [("xla", "dot_general"), ("pallas_tpu", "pallas_call"), ("pallas_gpu", "gqe_forward")],
+)
+def test_under_remat_the_forward_pass_runs_once_if_its_output_is_kept(implementation, kernel):
+    call, query = attention_of(implementation, Case(head_dim=64), jnp.bfloat16)
+
+    def runs(policy):
+        objective = jax.checkpoint(functools.partial(total, call), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(objective))(query)).count(kernel)
+
+    policies = jax.checkpoint_policies
+    kept = runs(policies.save_only_these_names(ATTENTION_OUTPUT))
+    assert 0 < kept < runs(policies.nothing_saveable)

@@ -249,5 +249,5 @@ def test_default_blocks_divide_the_weights_where_they_must(chip, embed, group, e
         *[shape((1, 2048, head_dim // 2), jnp.float32)] * 2,
     )
     blocks = kernels.default_blocks(projection, x, chip)
-    assert (blocks.chunks > 1) == (embed == 4096)
+    assert (blocks.chunks > 1) == (embed == 4096 and chip in ("v5p", "tpu7x"))  # 64 MiB
     assert blocks.vmem_bytes < {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}[chip] * 2**20

@@ -22,6 +22,7 @@ from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
 from gqe_kernels.reference import pad_rows, select_experts, shared_operands
+from gqe_kernels.remat import ATTENTION_OUTPUT, kept
 
 
 class _Static(NamedTuple):
@@ -147,7 +148,7 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     selects = operands.expert_index is not None
     run = functools.partial(forward, keep_selected=selects, **static._asdict())
     run = without_derivative("derivative of its gradient", "pallas_gpu", run)
-    found = run(operands, mask, visited.forward)
+    found = kept(run(operands, mask, visited.forward), ATTENTION_OUTPUT)
     if not selects:
         found = found._replace(selected=operands.query)
     unread: Any = None  # the selected queries stand for both

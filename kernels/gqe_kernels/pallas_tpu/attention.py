@@ -17,6 +17,7 @@ from gqe_kernels.pallas_tpu.layout import LANES, Flat, Layout, flatten, unflatte
 from gqe_kernels.pallas_tpu.prepare import prepare
 from gqe_kernels.pallas_tpu.schedule import visits
 from gqe_kernels.pallas_tpu.tile import Tiles
+from gqe_kernels.remat import ATTENTION_OUTPUT, kept
 
 
 class _Static(NamedTuple):
@@ -81,7 +82,7 @@ def _attention(static: _Static, flat: Flat, mask: Mask):
 def _attention_forward(static: _Static, flat: Flat, mask: Mask):
     run = functools.partial(forward, **static._asdict())
     run = without_derivative("derivative of its gradient", "pallas_tpu", run)
-    slots, logsumexp = run(flat, mask)
+    slots, logsumexp = kept(run(flat, mask), ATTENTION_OUTPUT)
     return slots, (flat, mask, slots, logsumexp)
 
 
