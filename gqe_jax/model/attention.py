@@ -138,14 +138,16 @@ class _Attention(nnx.Module):
             return self._in_auto_mode(explicit, x, positions, segment_ids, cache, return_routing)
         if segment_ids is not None:
             x = jnp.where((segment_ids != 0)[:, :, None], x, 0)  # NaN at padding reaches no weight
-        slots, aux, cache = self.slots(
-            x,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-            return_routing=return_routing,
-        )
-        return self.out(slots), aux, cache
+        with jax.named_scope("projections"):
+            slots, aux, cache = self.slots(
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
+            )
+        with jax.named_scope("out"):
+            return self.out(slots), aux, cache
 
     def _in_auto_mode(self, explicit, x, positions, segment_ids, cache, return_routing):
         """The call, in which XLA chooses the shardings between the arguments and the results.

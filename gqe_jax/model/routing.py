@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@jax.named_scope("routing")
 def router_probabilities(
     logits: Float[Array, "batch length group expert"],
 ) -> Float[Array, "batch length group expert"]:
@@ -15,6 +16,7 @@ def router_probabilities(
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
+@jax.named_scope("routing")
 def select_top_k(
     probs: Float[Array, "batch length group expert"], top_k: int
 ) -> tuple[Int[Array, "batch length group k"], Float[Array, "batch length group k"]]:
@@ -26,6 +28,7 @@ def select_top_k(
     return index, selected
 
 
+@jax.named_scope("routing")
 def slot_weights(
     selected: Float[Array, "batch length group k"],
 ) -> Float[Array, "batch length group k"]:
@@ -34,6 +37,7 @@ def slot_weights(
     return selected / jnp.maximum(total, 1e-9)
 
 
+@jax.named_scope("routing")
 def _token_mean(x: Float[Array, "batch length *rest"], is_token: Float[Array, "batch length"]):
     """Mean over the tokens of the global batch, padding excluded."""
     count = jnp.maximum(jnp.sum(is_token), 1.0)
@@ -41,6 +45,7 @@ def _token_mean(x: Float[Array, "batch length *rest"], is_token: Float[Array, "b
     return jnp.sum(x * weight, axis=(0, 1)) / count
 
 
+@jax.named_scope("routing")
 def expert_load(
     expert_index: Int[Array, "batch length group k"],
     experts_per_group: int,
@@ -51,6 +56,7 @@ def expert_load(
     return _token_mean(selected, is_token)
 
 
+@jax.named_scope("routing")
 def load_balancing_loss(
     probs: Float[Array, "batch length group expert"],
     load: Float[Array, "group expert"],
@@ -66,6 +72,7 @@ def load_balancing_loss(
     return experts_per_group * jnp.mean(jnp.sum(jax.lax.stop_gradient(load) * mean_prob, axis=-1))
 
 
+@jax.named_scope("routing")
 def router_z_loss(
     logits: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
 ) -> Float[Array, ""]:
@@ -74,6 +81,7 @@ def router_z_loss(
     return jnp.mean(_token_mean(squared, is_token))
 
 
+@jax.named_scope("routing")
 def router_entropy(
     probs: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
 ) -> Float[Array, "group"]:

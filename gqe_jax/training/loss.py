@@ -18,6 +18,7 @@ from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import partition_spec
 
 
+@jax.named_scope("loss")
 def chunked_cross_entropy(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
@@ -44,6 +45,7 @@ def chunked_cross_entropy(
     return nats, squares
 
 
+@jax.named_scope("loss")
 def chunked_divergence(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
@@ -62,6 +64,7 @@ def chunked_divergence(
     return _sums_over_chunks(_divergence, chunk, table, hidden, per_token, fixed)[0]
 
 
+@jax.named_scope("loss")
 def chunked_scores(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],

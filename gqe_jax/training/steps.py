@@ -151,8 +151,9 @@ def make_steps(
         if teacher is not None and teacher_params is not None:
             guide = dataclasses.replace(teacher, params=teacher_params)
         grads, cross_entropy, aux = gradients(config, layout.graphdef, state.params, batch, guide)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
         metrics = {
             "loss": cross_entropy,
