@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 
 from gqe_jax.compile_for.cycles import Pass, op_name, part_of, pass_of
-from gqe_jax.compile_for.hlo import Program
+from gqe_jax.compile_for.hlo import Instruction, Program
 from gqe_kernels.chips import Chip
 from gqe_kernels.cycles.bundles import ScheduleError, read_kernel, regions
 from gqe_kernels.cycles.counting import call_cycles, kernel_name
@@ -99,27 +100,43 @@ def clear_dump() -> None:
 
 def kernel_cycles(program: Program, chip: Chip) -> list[KernelCycles]:
     """The Pallas calls of the program that was compiled last, in the order of its text."""
+    found = [
+        (computation, x, times)
+        for computation, times in program.runs()
+        for x in computation.values()
+        if x.text("custom_call_target") == '"tpu_custom_call"'
+    ]
+    alike: dict[str, list[str]] = {}
+    for _, x, _ in found:
+        alike.setdefault(_code(x), []).append(x.name)
     calls = []
-    for computation, times in program.runs():
-        for x in computation.values():
-            if x.text("custom_call_target") != '"tpu_custom_call"':
-                continue
-            name = op_name(program, computation, x)
-            call = KernelCycles(kernel_name(x.name), part_of(name), pass_of(name), times, None)
-            try:
-                calls.append(dataclasses.replace(call, cycles=_count(x.name, chip)))
-            except ScheduleError as error:
-                calls.append(dataclasses.replace(call, reason=str(error)))
+    for computation, x, times in found:
+        name = op_name(program, computation, x)
+        call = KernelCycles(kernel_name(x.name), part_of(name), pass_of(name), times, None)
+        try:
+            calls.append(dataclasses.replace(call, cycles=_count(x.name, alike[_code(x)], chip)))
+        except ScheduleError as error:
+            calls.append(dataclasses.replace(call, reason=str(error)))
     return calls
 
 
-def _count(name: str, chip: Chip) -> float:
-    """Cycles of one call of the kernel that the HLO instruction `name` calls."""
+def _code(x: Instruction) -> str:
+    """The kernel's code: libtpu compiles two calls of the same once, and dumps one."""
+    body = re.search(r'"body":"([^"]*)"', x.attributes)
+    return body[1] if body else x.name
+
+
+def _count(name: str, alike: list[str], chip: Chip) -> float:
+    """Cycles of one call of the kernel that the HLO instruction `name` calls.
+
+    Args:
+      alike: the instructions that call the same code.
+    """
     directory = dump_directory()
     if directory is None:
         raise ScheduleError(
             f"{name}: {_ARGUMENTS} names a dump, or libtpu was loaded before it was set"
         )
-    schedule = read_kernel(directory, name)
+    schedule = read_kernel(directory, [name, *alike])
     runs = scheduled_runs(kernel_name(name), schedule)
     return call_cycles(schedule, regions(schedule, chip.delay_slots), runs, chip.cores)

@@ -1,5 +1,7 @@
 """Cycles of kernels whose regions are found by their order, on schedules made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,20 +9,24 @@ from gqe_kernels.cycles.bundles import Bundle, Program, Region, ScheduleError
 from gqe_kernels.cycles.counting import call_cycles, label_by_order
 from gqe_kernels.cycles.runs import backward_runs, forward_runs, scheduled_runs
 
-OUTSIDE, LOOP, STEP = 3, 5, 7
+OUTSIDE, LOOP, COPIES, STEP = 3, 5, 2, 7
 
 
 def schedule(trips: int, *guards: tuple[int, bool], pipelined: bool = True):
     """A kernel whose guards have these lengths, and products or not."""
-    around = OUTSIDE + LOOP + (STEP if pipelined else 0)
+    around = OUTSIDE + LOOP + (COPIES + STEP if pipelined else 0)
     at, multiplies, regions = around, [False] * around, []
     for length, has_products in guards:
         regions.append(Region("guard", at, at + length))
         multiplies += [has_products] * length
         at += length
     inner = regions
-    if pipelined:
-        inner = [Region("guard", OUTSIDE + LOOP, at, children=regions)]
+    if pipelined:  # a guard around the copies that start, and one around the step
+        begin = OUTSIDE + LOOP + COPIES
+        copies = Region(
+            "guard", OUTSIDE + LOOP, begin, children=[Region("guard", begin - 1, begin)]
+        )
+        inner = [copies, Region("guard", begin, at, children=regions)]
     loop = Region("loop", OUTSIDE, at, trips=trips, children=inner)
     bundles = (Bundle(None, 0, True, None, None, None, None, (int(m),)) for m in multiplies)
     program = Program("gqe_forward.1", "custom-call", ("MXU",), (1,), tuple(bundles))
@@ -31,16 +37,16 @@ def test_guards_take_their_counts_in_order():
     runs = forward_runs(2048, 512, 512, batch=3)
     assert runs == {"grid": 30, "diagonal": 12, "interior": 18, "finish": 12}
     program, tree = schedule(32, (100, True), (1000, True), (10, False))
-    expected = OUTSIDE + 32 * (LOOP + STEP) + 12 * 100 + 18 * 1000 + 12 * 10
+    expected = OUTSIDE + 32 * (LOOP + COPIES + STEP) + 12 * 100 + 18 * 1000 + 12 * 10
     assert call_cycles(program, tree, runs, cores=1) == expected
 
 
 def test_launches_share_the_work():
     runs = backward_runs(4096, 256, 512, launches=3, blocks=6)
     lengths = [(n, n in (30, 40)) for n in (10, 20, 30, 40, 50, 60)]
-    program, tree = schedule(48, *lengths)
+    program, tree = schedule(50, *lengths)
     interior, masked = runs["interior"], runs["masked"]
-    expected = 3 * (OUTSIDE + 48 * (LOOP + STEP)) + 24 * (10 + 50) + 18 * (20 + 60)
+    expected = 3 * (OUTSIDE + 50 * (LOOP + COPIES + STEP)) + 24 * (10 + 50) + 18 * (20 + 60)
     expected += interior * 30 + masked * 40
     assert call_cycles(program, tree, runs, cores=1) == pytest.approx(expected / 3)
 
@@ -66,10 +72,15 @@ def test_guards_that_do_not_fit_are_an_error(guards):
         label_by_order(program, tree, forward_runs(2048, 512, 512, batch=3))
 
 
-def test_unknown_kernels_are_counted_if_nothing_is_conditional():
-    assert call_cycles(*schedule(4, pipelined=False), None, cores=1) == OUTSIDE + 4 * LOOP
+def test_unknown_kernels_are_counted_if_little_is_conditional():
+    once = OUTSIDE + 4 * (LOOP + COPIES + STEP)
+    assert call_cycles(*schedule(4), None, cores=1) == once
+    program, tree = schedule(4, (1, False))
     with pytest.raises(ScheduleError, match="how often its 1 conditional regions run"):
-        call_cycles(*schedule(4, (10, True), pipelined=False), None, cores=1)
+        call_cycles(program, tree, None, cores=1)
+    tree.children[0].stop = tree.stop = tree.stop + 100  # a longer loop around it
+    longer = dataclasses.replace(program, bundles=program.bundles + program.bundles[-1:] * 100)
+    assert call_cycles(longer, tree, None, cores=1) == once + 4 * (1 + 100)
 
 
 @pytest.mark.parametrize(("q", "kv"), [(4, 4), (4, 8), (8, 4)])

@@ -11,7 +11,7 @@ leaves, `final_bundles`, is what is issued, not how long it takes.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +([A-Z]{2})?: *(>*) *(?:> *)*\{", re.MULTILINE)
@@ -135,13 +135,18 @@ def read_dump(directory: Path) -> list[Program]:
     return programs
 
 
-def read_kernel(directory: Path, name: str) -> Program:
-    """The Pallas kernel that the HLO instruction `name` calls.
+def read_kernel(directory: Path, names: Sequence[str]) -> Program:
+    """The first Pallas kernel of the HLO instructions `names` that the dump has.
 
     Raises:
-      ScheduleError: the dump does not have it, or it cannot be read.
+      ScheduleError: the dump has none of them, or it cannot be read.
     """
-    return parse_program(name, "custom-call", *_texts(directory, rf"\d+-{re.escape(name)}"))
+    files = [path.name for path in directory.iterdir()]
+    for name in names:
+        stem = rf"\d+-{re.escape(name)}"
+        if any(re.fullmatch(rf"{stem}-\d+-packed-bundles-post-ra\.txt", file) for file in files):
+            return parse_program(name, "custom-call", *_texts(directory, stem))
+    raise ScheduleError(f"the dump does not have {names[0]}: the program may come from a cache")
 
 
 def _texts(directory: Path, stem: str) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from gqe_kernels.cycles.bundles import Program, Region, ScheduleError
 
 # The Pallas pipeline starts copies before the first step and drains them after the last one.
 PIPELINE_STEPS = 2
+# The pipeline has small conditional regions of its own.
+_NEGLIGIBLE = 0.05
 # Functions under `pl.when` that have no matrix products; all others of this project have.
 _WITHOUT_PRODUCTS = re.compile(r"(start|finish)(_.*)?")
 
@@ -29,7 +31,7 @@ def call_cycles(
 
     Args:
       runs: executions by region, as `scheduled_runs` returns them; None: nothing is known, and
-        the kernel can be counted only if no region of it is conditional.
+        the kernel is counted only if the conditional regions of its grid's step are negligible.
       cores: TensorCores that the compiler may have spread the grid over.
 
     Raises:
@@ -39,11 +41,14 @@ def call_cycles(
     split = 1
     if runs:
         split = split_over(program, tree, runs["grid"] // launches, cores)
-        label_by_order(program, tree, runs)
-    elif (guards := list(conditional(tree))) and sum(len(guard.own()) for guard in guards):
-        raise ScheduleError(
-            f"{program.name}: how often its {len(guards)} conditional regions run is not known"
-        )
+        label_by_order(program, tree, runs, split)
+    else:
+        guards = conditional(tree, pipelined=True)
+        unknown = sum(guard.stop - guard.start for guard in guards)
+        if unknown > _NEGLIGIBLE * len(program.bundles):
+            raise ScheduleError(
+                f"{program.name}: how often its {len(guards)} conditional regions run is not known"
+            )
     total = 0
 
     def visit(region: Region, parent: int | None, depth: int) -> None:
@@ -126,23 +131,22 @@ def split_over(program: Program, tree: Region, steps: int, cores: int) -> int:
     )
 
 
-def conditional(tree: Region) -> Iterator[Region]:
-    """The guards that a kernel's author wrote: those inside the grid's step.
+def conditional(tree: Region, *, pipelined: bool) -> list[Region]:
+    """The guards that a kernel's author wrote: those of the grid's step.
 
-    Where the grid is pipelined, its loop has one guard around all of a step.
+    Args:
+      pipelined: the grid's loop has a guard around all of a step, and others around copies.
     """
-    around = [tree]
     loops = [child for child in tree.children if child.kind == "loop"]
-    if len(loops) == 1:
-        around = loops
-        steps = [child for child in loops[0].children if child.children]
-        if len(steps) == 1 and steps[0].kind == "guard":
-            around = steps
-    for region in around:
-        yield from (child for child in region.children if child.kind == "guard")
+    around = loops[0] if len(loops) == 1 else tree
+    guards = [child for child in around.children if child.kind == "guard"]
+    if not pipelined or not guards:
+        return guards
+    step = max(guards, key=lambda guard: guard.stop - guard.start)
+    return [child for child in step.children if child.kind == "guard"]
 
 
-def label_by_order(program: Program, tree: Region, runs: Mapping[str, int]) -> None:
+def label_by_order(program: Program, tree: Region, runs: Mapping[str, int], split: int = 1) -> None:
     """Names the guards of a kernel, which stand in the order of `runs`.
 
     The compiler joins a body to the step that always runs it, and may drop one that never runs, so
@@ -154,7 +158,9 @@ def label_by_order(program: Program, tree: Region, runs: Mapping[str, int]) -> N
     names = [name for name in runs if name not in ("grid", "calls")]
     if not names:
         return
-    guards = list(conditional(tree))
+    steps = runs["grid"] // runs.get("calls", 1)
+    trips = max((each.trips or 0 for each in tree.children if each.kind == "loop"), default=0)
+    guards = conditional(tree, pipelined=trips * split > steps)
     mxu = program.units.index("MXU")
 
     def multiplies(guard: Region) -> bool:
