@@ -75,6 +75,8 @@ def dumping() -> Iterator[None]:
         "--xla_jf_dump_llo_text=true",
         "--xla_jf_emit_annotations=true",
         "--xla_jf_dump_llo_pass_label_regex=^packed-bundles-post-ra$|^pre-delay",
+        # Other categories take time to write, though their files match no label.
+        "--xla_jf_dump_category_filter=utilization,codegen",
     ]
     os.environ[_ARGUMENTS] = " ".join([given or "", *flags]).strip()
     try:
