@@ -28,6 +28,8 @@ class Collective:
         the bytes of the full array, b (n - 1) / n for all-gather, reduce-scatter and all-to-all,
         twice that for all-reduce, b for a permutation.
       times: executions per call of the program.
+      hidden_cycles: XLA's cycles of what is scheduled between its start and its end, itself
+        included, in one execution; 0 for a synchronous one.
       between_slices: whether it uses the data-center network. XLA splits a collective over several
         slices into a part on that network and parts within each slice.
     """
@@ -38,6 +40,7 @@ class Collective:
     bytes: float
     times: int
     between_slices: bool = False
+    hidden_cycles: int = 0
 
 
 def collectives(
@@ -50,20 +53,44 @@ def collectives(
     """
     found = []
     for computation, times in program.runs():
-        seen = set()
+        seen, hidden = set(), _hidden_cycles(program, computation)
         for x, scatters in _within(program, computation, False):
-            chain = re.search(r'chain_id="(\d+)"', x.attributes)
-            if chain:
-                if chain[1] in seen:
-                    continue
-                seen.add(chain[1])
+            flight = _flight(x)
+            if flight in seen:
+                continue
+            seen.add(flight)
             if x.opcode == "send":
                 found.append(_between_slices(x, num_slices, times, mesh_shape))
                 continue
             group = _group(x, math.prod(mesh_shape.values()) // num_slices)
             if len(group) > 1:
-                found.append(_collective(x, scatters, group, mesh_shape, times))
+                one = _collective(x, scatters, group, mesh_shape, times)
+                found.append(dataclasses.replace(one, hidden_cycles=hidden.get(flight, 0)))
     return found
+
+
+def _flight(x: Instruction) -> str:
+    """What a collective's appearances have in common: its chain, or its own name."""
+    chain = re.search(r'chain_id="(\d+)"', x.attributes)
+    return f"chain {chain[1]}" if chain else x.name
+
+
+def _hidden_cycles(program: Program, computation: Mapping[str, Instruction]) -> dict[str, int]:
+    """Cycles of the instructions from each collective's first appearance to its last.
+
+    A `-done` is an appearance of the start that it reads.
+    """
+    cycles, first, hidden = 0, {}, {}
+    for x in computation.values():
+        before, cycles = cycles, cycles + x.estimated_cycles
+        flights = {_flight(each) for each, _ in _within(program, {x.name: x}, False)}
+        if x.opcode.endswith("-done"):
+            flights |= set(x.operands) & set(first)
+        for flight in flights:
+            if flight in first:
+                hidden[flight] = cycles - first[flight]
+            first.setdefault(flight, before)
+    return hidden
 
 
 def _within(

@@ -43,8 +43,8 @@ def count(program: Program) -> Costs:
     products, kernels, traffic = 0, {}, 0
     for computation, times in program.runs():
         for instruction in computation.values():
-            products += times * _product_flops(program, computation, instruction)
-            traffic += times * _hbm_bytes(program, computation, instruction)
+            products += times * product_flops(program, computation, instruction)
+            traffic += times * hbm_bytes(program, computation, instruction)
             if instruction.text("custom_call_target") == '"tpu_custom_call"':
                 name = re.sub(r"\.\d+$", "", instruction.name)
                 flops = re.search(r'"flops":"?(\d+)', instruction.attributes)
@@ -52,10 +52,11 @@ def count(program: Program) -> Costs:
     return Costs(products, kernels, traffic)
 
 
-def _product_flops(program: Program, table: Mapping[str, Instruction], x: Instruction) -> int:
+def product_flops(program: Program, table: Mapping[str, Instruction], x: Instruction) -> int:
+    """FLOPs of an instruction's matrix products; `table` is the computation that it stands in."""
     if x.opcode == "fusion":
         inner = program.computations[x.called("calls")]
-        return sum(_product_flops(program, inner, each) for each in inner.values())
+        return sum(product_flops(program, inner, each) for each in inner.values())
     if x.opcode == "dot":
         left = table[x.operands[0]].arrays[0].shape
         (contracted,) = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
@@ -105,7 +106,8 @@ def _unpadded_pairs(size, window, out, *, stride, low, spread, dilation) -> int:
     return int(np.sum((at % spread == 0) & (at >= 0) & (at // spread < size)))
 
 
-def _hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instruction) -> int:
+def hbm_bytes(program: Program, table: Mapping[str, Instruction], x: Instruction) -> int:
+    """Bytes that an instruction reads from and writes to HBM."""
     if x.opcode in _FREE or x.opcode.endswith("-done"):
         return 0
     if x.opcode == "slice-start":

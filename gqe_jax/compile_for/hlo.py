@@ -60,6 +60,12 @@ class Instruction:
         return found[1] if found else None
 
     @property
+    def estimated_cycles(self) -> int:
+        """XLA's note of the cycles that it takes; 0 where there is none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
+
+    @property
     def bytes(self) -> int:
         return sum(array.bytes for array in self.arrays)
 

@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.collectives import Collective, collectives
 from gqe_jax.compile_for.costs import Costs, count
-from gqe_jax.compile_for.estimate import Estimate, estimate, with_links
+from gqe_jax.compile_for.cycles import Cycles, cycles
+from gqe_jax.compile_for.estimate import (
+    Estimate,
+    Scheduled,
+    as_scheduled,
+    estimate,
+    with_links,
+)
+from gqe_jax.compile_for.kernel_cycles import KernelCycles, clear_dump, kernel_cycles
 from gqe_jax.compile_for.topology import Topology
 from gqe_jax.config import RunConfig
 from gqe_jax.data import Batch
@@ -61,6 +69,9 @@ class Compiled:
     costs: Costs
     collectives: tuple[Collective, ...]
     estimate: Estimate
+    cycles: Cycles
+    kernels: tuple[KernelCycles, ...]
+    scheduled: Scheduled
     compile_seconds: float
 
 
@@ -84,6 +95,7 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     }[step]
     begun = time.perf_counter()
     traced = function.trace(*arguments)
+    clear_dump()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -118,6 +130,9 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     tokens = config.batch_size * config.sequence_length
     passes = 3 if step == "train" else 1
     needed = passes * matmul_flops_per_token(config.model, config.sequence_length)
+    totals = {"devices": mesh.size, "tokens": tokens, "model_flops": needed * tokens}
+    crossings = with_links(crossing, topology, mesh)
+    static, kernels = cycles(program), tuple(kernel_cycles(program, topology.chip))
     return Compiled(
         config=config,
         topology=topology,
@@ -127,14 +142,10 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         memory=memory,
         costs=costs,
         collectives=crossing,
-        estimate=estimate(
-            costs,
-            with_links(crossing, topology, mesh),
-            topology.chip,
-            devices=mesh.size,
-            tokens=tokens,
-            model_flops=needed * tokens,
-        ),
+        estimate=estimate(costs, crossings, topology.chip, **totals),
+        cycles=static,
+        kernels=kernels,
+        scheduled=as_scheduled(static, kernels, crossings, topology.chip, **totals),
         compile_seconds=seconds,
     )
 

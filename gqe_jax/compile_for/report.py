@@ -5,6 +5,7 @@ import dataclasses
 import math
 from typing import Any
 
+from gqe_jax.compile_for import cycle_table
 from gqe_jax.compile_for.collectives import Collective
 from gqe_jax.compile_for.program import Compiled
 from gqe_kernels.chips import GIB
@@ -27,7 +28,7 @@ def as_text(compiled: Compiled) -> str:
         compiled.costs,
         compiled.estimate,
     )
-    chip = topology.chip
+    chip, scheduled = topology.chip, compiled.scheduled
     slices = f"{topology.num_slices} × " if topology.num_slices > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
     config = compiled.config
@@ -58,7 +59,15 @@ def as_text(compiled: Compiled) -> str:
         f"  at best {_time(guess.seconds)} per step, bound by {guess.bound_by}: "
         f"{guess.tokens_per_second:,.0f} tokens/s, model FLOP utilisation "
         f"{guess.model_flop_utilisation:.1%}",
+        f"As scheduled (static cycles of XLA and libtpu at {chip.clock / 1e9:.2f} GHz; not a "
+        "measurement):",
+        f"  XLA {_time(scheduled.xla)}, kernels {_time(scheduled.kernels)}, exposed collectives "
+        f"{_time(scheduled.exposed)} ({_time(scheduled.overlapped)} overlapped)",
+        f"  {_time(scheduled.seconds)} per step: {scheduled.tokens_per_second:,.0f} tokens/s, "
+        f"model FLOP utilisation {scheduled.model_flop_utilisation:.1%}",
     ]
+    reasons = dict.fromkeys(each.reason for each in compiled.kernels if each.reason)
+    lines += [f"  not counted: {reason}" for reason in reasons]
     return "\n".join(lines)
 
 
@@ -106,5 +115,10 @@ def as_json(compiled: Compiled) -> dict[str, Any]:
             "in_turn": guess.serial,
             "bound_by": guess.bound_by,
         },
+        "scheduled": {
+            **dataclasses.asdict(compiled.scheduled),
+            "seconds": compiled.scheduled.seconds,
+        },
+        "cycles": cycle_table.as_json(compiled.cycles, compiled.kernels, compiled.topology.chip),
         "compile_seconds": compiled.compile_seconds,
     }

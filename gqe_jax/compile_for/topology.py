@@ -6,6 +6,7 @@ import os
 import jax
 import numpy as np
 
+from gqe_jax.compile_for.kernel_cycles import dumping
 from gqe_jax.config import ConfigError
 from gqe_kernels.chips import CHIPS, Chip
 
@@ -67,7 +68,8 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
 
     slices = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **slices)
+        with dumping():
+            found = topologies.get_topology_desc(topology_name=name, platform="tpu", **slices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         if "libtpu" in str(error) or "plugin" in str(error).lower():
             raise ConfigError(

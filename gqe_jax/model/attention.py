@@ -141,15 +141,17 @@ class _Attention(nnx.Module):
             return self._in_auto_mode(explicit, x, positions, segment_ids, cache, return_routing)
         if segment_ids is not None:
             x = jnp.where((segment_ids != 0)[:, :, None], x, 0)  # NaN at padding reaches no weight
-        slots, aux, cache = self.slots(
-            x,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-            return_routing=return_routing,
-        )
+        with jax.named_scope("projections"):
+            slots, aux, cache = self.slots(
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
+            )
         return self.project_slots(slots), aux, cache
 
+    @jax.named_scope("out")
     def project_slots(self, slots: Slots) -> Float[Array, "batch length embed"]:
         """The product of the slots with W_out (5).
 

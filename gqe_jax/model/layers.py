@@ -50,11 +50,19 @@ def projection(
     )
 
 
+class RMSNorm(nnx.RMSNorm):
+    """Flax's RMSNorm, in a named scope."""
+
+    @jax.named_scope("norm")
+    def __call__(self, *args, **kwargs) -> Array:
+        return super().__call__(*args, **kwargs)
+
+
 def rms_norm(
     features: int, *, epsilon: float, dtype: DTypeLike | None, rngs: nnx.Rngs
 ) -> nnx.RMSNorm:
     """RMSNorm with a float32 scale."""
-    return nnx.RMSNorm(
+    return RMSNorm(
         features, epsilon=epsilon, dtype=dtype, scale_metadata=logical_axes("norm"), rngs=rngs
     )
 
@@ -90,6 +98,7 @@ def rope_frequencies(half: int, theta: float, scaling: RopeScaling) -> Float[Arr
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
+@jax.named_scope("rope")
 def apply_rope(
     x: Float[Array, "batch length *heads head_dim"],
     positions: Int[AnyArray, "#batch length"],
@@ -156,5 +165,6 @@ class SwiGLU(nnx.Module):
         self.up = projection(embed_dim, mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down = projection(mlp_dim, embed_dim, ("mlp_rows", None), dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@jax.named_scope("routing")
 def router_probabilities(
     logits: Float[Array, "batch length group expert"],
 ) -> Float[Array, "batch length group expert"]:
@@ -15,6 +16,7 @@ def router_probabilities(
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
+@jax.named_scope("routing")
 def select_top_k(
     logits: Float[Array, "batch length group expert"], top_k: int
 ) -> Int[Array, "batch length group k"]:
@@ -22,6 +24,7 @@ def select_top_k(
     return jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)[1]
 
 
+@jax.named_scope("routing")
 def probabilities_of(
     probs: Float[Array, "batch length group expert"], index: Int[Array, "batch length group k"]
 ) -> Float[Array, "batch length group k"]:
@@ -30,6 +33,7 @@ def probabilities_of(
     return jnp.sum(jnp.where(chosen, probs[..., None, :], 0.0), axis=-1)
 
 
+@jax.named_scope("routing")
 def slot_weights(
     selected: Float[Array, "batch length group k"],
 ) -> Float[Array, "batch length group k"]:
@@ -38,6 +42,7 @@ def slot_weights(
     return selected / jnp.maximum(total, 1e-9)
 
 
+@jax.named_scope("routing")
 def _token_mean(x: Float[Array, "batch length *rest"], is_token: Float[Array, "batch length"]):
     """Mean over the tokens of the global batch, padding excluded."""
     count = jnp.maximum(jnp.sum(is_token), 1.0)
@@ -45,6 +50,7 @@ def _token_mean(x: Float[Array, "batch length *rest"], is_token: Float[Array, "b
     return jnp.sum(x * weight, axis=(0, 1)) / count
 
 
+@jax.named_scope("routing")
 def expert_load(
     expert_index: Int[Array, "batch length group k"],
     experts_per_group: int,
@@ -55,6 +61,7 @@ def expert_load(
     return _token_mean(selected, is_token)
 
 
+@jax.named_scope("routing")
 def load_balancing_loss(
     probs: Float[Array, "batch length group expert"],
     load: Float[Array, "group expert"],
@@ -70,6 +77,7 @@ def load_balancing_loss(
     return experts_per_group * jnp.mean(jnp.sum(jax.lax.stop_gradient(load) * mean_prob, axis=-1))
 
 
+@jax.named_scope("routing")
 def router_z_loss(
     logits: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
 ) -> Float[Array, ""]:
@@ -78,6 +86,7 @@ def router_z_loss(
     return jnp.mean(_token_mean(squared, is_token))
 
 
+@jax.named_scope("routing")
 def router_entropy(
     probs: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
 ) -> Float[Array, "group"]:

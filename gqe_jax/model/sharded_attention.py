@@ -35,6 +35,7 @@ def sharded(attention: Attention, *, zigzag: bool = False) -> Attention:
       zigzag: the sequence is in the order of `gqe_jax/model/zigzag.py`.
     """
 
+    @jax.named_scope("attention")
     def on_mesh(routed: Routed, mask: Mask, scale: float) -> Slots:
         mesh = jax.sharding.get_abstract_mesh()
         is_decoding = attention is best_attention and routed.query.shape[1] == 1

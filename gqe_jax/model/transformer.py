@@ -63,15 +63,17 @@ class DecoderBlock(nnx.Module):
         cache: KVCache | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], AttentionAux, KVCache | None]:
-        slots, aux, cache = self.attention.slots(
-            self.attention_norm(x),
-            attention=attention,
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-            return_routing=return_routing,
-        )
-        x = constrain(x + self.attention.project_slots(slots), "batch", "sequence", None)
+        with jax.named_scope("projections"):
+            slots, aux, cache = self.attention.slots(
+                self.attention_norm(x),
+                attention=attention,
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                return_routing=return_routing,
+            )
+        with jax.named_scope("out"):
+            x = constrain(x + self.attention.project_slots(slots), "batch", "sequence", None)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "sequence", None), aux, cache
 
 
@@ -131,7 +133,8 @@ class Transformer(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             tokens, positions = to_zigzag(tokens), to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
-        x = constrain(self.embedding(jnp.asarray(tokens)), "batch", "sequence", None)
+        with jax.named_scope("embedding"):
+            x = constrain(self.embedding(jnp.asarray(tokens)), "batch", "sequence", None)
 
         def block(layer: DecoderBlock, x: Array, cache: KVCache | None):
             return layer(

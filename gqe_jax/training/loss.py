@@ -32,6 +32,7 @@ class TeacherOutput(NamedTuple):
     weight: float
 
 
+@jax.named_scope("loss")
 def chunked_loss(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],
@@ -77,6 +78,7 @@ def chunked_loss(
     return objective, nats
 
 
+@jax.named_scope("loss")
 def chunked_scores(
     hidden: Float[Array, "batch length embed"],
     table: Float[Array, "vocab embed"],

@@ -144,11 +144,12 @@ def make_steps(
         if teacher is not None and teacher_params is not None:
             guide = dataclasses.replace(teacher, params=teacher_params)
         grads, cross_entropy, aux = gradients(config, layout.graphdef, state.params, batch, guide)
-        if config.optimizer.shard_state_over_data:
-            spread = shardings(layout.abstract.params, mesh, over_data=True)
-            grads = jax.lax.with_sharding_constraint(grads, spread)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            if config.optimizer.shard_state_over_data:
+                spread = shardings(layout.abstract.params, mesh, over_data=True)
+                grads = jax.lax.with_sharding_constraint(grads, spread)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         norm, clipped_norm = gradient_norms(opt_state)
         metrics = {
             "loss": cross_entropy,

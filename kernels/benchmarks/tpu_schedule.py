@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 import tyro
 
+from gqe_kernels.cycles.bundles import ScheduleError
 from kernels.benchmarks.command_line import typed
 from kernels.benchmarks.schedule import report
-from kernels.benchmarks.schedule.bundles import ScheduleError
 from kernels.benchmarks.schedule.compare import DENSE, GQE, SPLASH, Comparison, compare
 from kernels.benchmarks.schedule.compiler import CompileError, OutOfVmemError
 from kernels.benchmarks.schedule.cost import Cost, measure

@@ -57,6 +57,11 @@ class Chip:
         """Multiply-adds of bfloat16 in one cycle of one core."""
         return self.mxus * self.mxu_size**2 * self.rows_per_cycle
 
+    @property
+    def clock(self) -> float:
+        """Cycles in a second, at which the published peak is that of the matrix units."""
+        return self.peak_flops / (2 * self.peak_macs * self.cores)
+
 
 _128_WIDE = {"bfloat16_exp": False, "mxus": 4, "mxu_size": 128, "rows_per_cycle": 1}
 _256_WIDE = {"bfloat16_exp": True, "mxus": 2, "mxu_size": 256, "rows_per_cycle": 2}

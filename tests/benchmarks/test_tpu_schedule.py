@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gqe_kernels.chips import chip
+from gqe_kernels.cycles.bundles import ScheduleError, parse_program, regions
+from gqe_kernels.cycles.runs import causal_tiles
 from kernels.benchmarks import tpu_schedule
 from kernels.benchmarks.schedule import cases, report
-from kernels.benchmarks.schedule.bundles import ScheduleError, parse_program, regions
 from kernels.benchmarks.schedule.compare import Comparison
 from kernels.benchmarks.schedule.compiler import _take_labels, load
 from kernels.benchmarks.schedule.cost import cost
@@ -142,7 +143,7 @@ def test_causal_tiles(block_q, block_kv):
     seen = np.tril(np.ones((16, 16), bool))
     blocks = seen.reshape(16 // block_q, block_q, 16 // block_kv, block_kv).swapaxes(1, 2)
     full, some = blocks.all((2, 3)), blocks.any((2, 3))
-    assert cases.causal_tiles(16, block_q, block_kv) == (full.sum(), (some & ~full).sum())
+    assert causal_tiles(16, block_q, block_kv) == (full.sum(), (some & ~full).sum())
 
 
 def test_executions_of_splash_attention():
@@ -184,7 +185,7 @@ def test_launches_of_the_backward_pass_share_the_tiles():
     runs = cases.gqe(4096, 128, "v6e", training=True, **sizes).executions["gqe_backward"]
     # A block's dQ is 9 x 128 x 256 floats, 7 blocks are 8 MiB: 3 launches of 6 share the 16.
     assert (runs["calls"], runs["grid"]) == (3, 3 * 8 * 6)
-    assert (runs["interior"], runs["masked"]) == cases.causal_tiles(4096, 256, 512)
+    assert (runs["interior"], runs["masked"]) == causal_tiles(4096, 256, 512)
     assert (runs["start_keys"], runs["finish_queries"]) == (3 * 8, 3 * 6)
 
 

@@ -7,16 +7,15 @@ name of the function under its `pl.when`, or of the first `jax.named_scope` insi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from gqe_kernels import pallas_tpu, routed_attention
+from gqe_kernels.cycles.runs import backward_runs, causal_tiles, forward_runs
 from gqe_kernels.pallas_tpu.blocks import default_block_sizes
 from gqe_kernels.pallas_tpu.layout import Layout
-from gqe_kernels.pallas_tpu.tile import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +131,7 @@ def gqe(
 
     attention = functools.partial(pallas_tpu.attention, blocks=sizes)
     call = functools.partial(routed_attention, implementation=attention)
-    interior, crossed = causal_tiles(length, sizes.q, sizes.kv)
-    rows = length // sizes.q
-    tiles = Tiles(sizes.q, sizes.kv, length, length, True, False, static_offset=0, is_prefill=True)
-    grid = tiles.pairs if tiles.diagonal_first else (rows, length // sizes.kv)
-    first = {"diagonal": rows} if tiles.diagonal_first else {"start": rows, "masked": crossed}
-    executions = {
-        "gqe_forward": {"grid": math.prod(grid), **first, "interior": interior, "finish": rows}
-    }
+    executions = {"gqe_forward": forward_runs(length, sizes.q, sizes.kv)}
     arguments = (query, key, key, index, weight, shared)
     heads = layout.heads
     if not training:
@@ -170,28 +162,9 @@ def dense(length: int, head_dim: int, chip: str, experts: int = 2, **options) ->
 def _gqe_backward(length: int, layout: Layout, sizes) -> dict[str, dict[str, int]]:
     q, kv = sizes.backward_q, sizes.backward_kv
     _check_blocks(length, backward_q=q, backward_kv=kv)
-    num_q, num_kv = length // q, length // kv
-    launches, blocks = sizes.backward_launches(layout, num_q)
-    interior, masked = causal_tiles(length, q, kv)
-    backward = {
-        "calls": launches,
-        "grid": launches * num_kv * blocks,
-        "start_keys": launches * num_kv,
-        "start_queries": launches * blocks,
-        "interior": interior,
-        "masked": masked,
-        "finish_keys": launches * num_kv,
-        "finish_queries": launches * blocks,
-    }
-    return {"gqe_backward_prepare": {"grid": num_q}, "gqe_backward": backward}
-
-
-def causal_tiles(length: int, block_q: int, block_kv: int) -> tuple[int, int]:
-    """Tiles below the diagonal, and tiles that it crosses."""
-    starts = range(0, length, block_q)
-    interior = sum((first + 1) // block_kv for first in starts)
-    seen = sum(-(-(first + block_q) // block_kv) for first in starts)
-    return interior, seen - interior
+    launches, blocks = sizes.backward_launches(layout, length // q)
+    backward = backward_runs(length, q, kv, launches=launches, blocks=blocks)
+    return {"gqe_backward_prepare": {"grid": length // q}, "gqe_backward": backward}
 
 
 def _work(length: int, head_dim: int, heads: int, products: int) -> tuple[int, int]:

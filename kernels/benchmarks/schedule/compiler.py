@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gqe_kernels.chips import chip
-from kernels.benchmarks.schedule.bundles import Program, Region, read_dump, regions
+from gqe_kernels.cycles.bundles import Program, Region, read_dump, regions
 
 # What a kernel that sets no limit itself may take of the VMEM: libtpu's default keeps splash
 # attention from its best block sizes.

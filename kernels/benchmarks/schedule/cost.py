@@ -1,18 +1,16 @@
 """Static cycles of a whole call: those of each region × how often it runs."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 from gqe_kernels.chips import chip
-from kernels.benchmarks.schedule.bundles import Program, Region, ScheduleError
+from gqe_kernels.cycles.bundles import Program, Region, ScheduleError
+from gqe_kernels.cycles.counting import executions, kernel_name, split_over
 from kernels.benchmarks.schedule.cases import ScheduledCall
 from kernels.benchmarks.schedule.compiler import OutOfVmemError, build, schedule
 
 # Units that the dump counts as loads and stores of registers that the compiler ran out of.
 FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"
-# The Pallas pipeline starts copies before the first step and drains them after the last one.
-PIPELINE_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +148,7 @@ def cost(
         if program.opcode != "custom-call":
             others[f"{program.name} ({program.opcode})"] = len(program.bundles)
             continue
-        kernel = _kernel_name(program.name)
+        kernel = kernel_name(program.name)
         if case.executions and kernel not in case.executions:
             raise ScheduleError(
                 f"the compiled call has a kernel {kernel!r}, which the case does not count; it "
@@ -160,23 +158,13 @@ def cost(
         runs, split = case.executions.get(kernel), 1
         if runs and same_grid:
             steps = runs["grid"] // runs.get("calls", 1)
-            split = _split(program, tree, steps, chip(chip_name).cores)
+            split = split_over(program, tree, steps, chip(chip_name).cores)
         cores = max(cores, split)
         regions += _count(kernel, program, tree, runs, split, same_grid)
     missing = set(case.executions) - described
     if missing:
         raise ScheduleError(f"the compiled call has no kernel named {', '.join(sorted(missing))}")
     return Cost(name, chip_name, options, tuple(regions), others, cores, case.pairs, case.macs)
-
-
-def _kernel_name(instruction: str) -> str:
-    """The `name` of a `pallas_call`, from that of its HLO instruction.
-
-    XLA numbers instructions, and JAX writes a transformation around a name: transpose(jvp(name)).
-    """
-    name = re.sub(r"\.\d+$", "", instruction)
-    transformed = re.fullmatch(r"(?:transpose_)?jvp_(.+?)_+", name)
-    return transformed[1] if transformed else name
 
 
 def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
@@ -192,7 +180,7 @@ def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
     costs = []
 
     def visit(region: Region, parent: int | None, depth: int) -> None:
-        times = _times(program, region, parent, runs, split, same_grid, depth)
+        times = executions(program, region, parent, runs, split, same_grid, depth)
         own = region.own()
         units = {
             unit: sum(program.bundles[i].slots[u] for i in own)
@@ -223,47 +211,3 @@ def _count(kernel, program, tree, runs, split, same_grid) -> list[RegionCost]:
 
 
 _PLAIN_NAMES = {("root", 0): "call", ("loop", 1): "grid", ("guard", 2): "grid step"}
-
-
-def _times(program, region, parent, runs, split, same_grid, depth) -> int | None:
-    """How often a region runs: as the case says, else as the dump does.
-
-    A guard that nothing is said of counts as often as what is around it: at most too much.
-    """
-    if region.kind == "root" or parent is None:
-        return parent
-    if region.kind == "guard":
-        return -(-runs[region.label] // split) if runs and region.label in runs else parent
-    if depth == 1 and runs and not same_grid:
-        return runs["grid"] + parent * PIPELINE_STEPS
-    if region.label is not None and runs and region.label in runs:
-        times = -(-runs[region.label] // split)
-        if region.trips is not None and same_grid and times != parent * region.trips:
-            raise ScheduleError(
-                f"{program.name}: the loop {region.label!r} runs {parent} × {region.trips} times "
-                f"by the dump, but {times} times by the case"
-            )
-        return times
-    if region.trips is not None:
-        return parent * region.trips
-    if runs is None:
-        return None
-    raise ScheduleError(
-        f"{program.name}: the loop at bundle {region.start:#x} ({region.label or 'no label'}) has "
-        "no constant number of iterations; the case must say how often it runs"
-    )
-
-
-def _split(program, tree, steps: int, cores: int) -> int:
-    """Over how many cores the compiler spread the grid, seen from its loop's iterations."""
-    loops = [region for region in tree.children if region.kind == "loop"]
-    if not loops and steps == 1:
-        return 1
-    trips = loops[0].trips if len(loops) == 1 else None
-    for split in {1, cores}:
-        if trips is not None and 0 <= trips - -(-steps // split) <= PIPELINE_STEPS:
-            return split
-    raise ScheduleError(
-        f"{program.name}: the dump's outermost loops run {[r.trips for r in loops]} times; the "
-        f"case says that the grid has {steps} steps"
-    )

@@ -11,7 +11,7 @@ leaves, `final_bundles`, is what is issued, not how long it takes.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +([A-Z]{2})?: *(>*) *(?:> *)*\{", re.MULTILINE)
@@ -21,7 +21,14 @@ _BRANCH = re.compile(
 )
 _SCOPE = re.compile(r"TraceMeStart\(([^)]*)\)")
 _LOOP_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/")
+_WINDOW = re.compile(
+    r"allocation for operator (input|output) (\d+)\. The window shape is \w+\[([\d,]*)\], while "
+    r"the full shape is \w+\[([\d,]*)\]"
+)
 _ENTRY = re.compile(r"entry bundle: %(\S+) = ([\w-]+)\(")
+
+
+type Shape = tuple[int, ...]
 
 
 class ScheduleError(RuntimeError):
@@ -63,6 +70,8 @@ class Program:
       opcode: its HLO opcode; a Pallas kernel is a "custom-call".
       units: the units that the utilisation is given for.
       capacity: slots of each unit in one bundle.
+      inputs, outputs: of the operands and results of a Pallas kernel that its grid cuts into
+        windows, by number: the shapes of the window and of the whole.
     """
 
     name: str
@@ -70,6 +79,8 @@ class Program:
     units: tuple[str, ...]
     capacity: tuple[int, ...]
     bundles: tuple[Bundle, ...]
+    inputs: Mapping[int, tuple[Shape, Shape]] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[int, tuple[Shape, Shape]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -115,20 +126,39 @@ def read_dump(directory: Path) -> list[Program]:
         if entry is None:
             continue  # an analysis, or libtpu's own start and end of the program
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
-        texts = []
-        for kind in ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"):
-            pattern = re.compile(re.escape(stem) + rf"-\d+-{kind}\.txt")
-            paths = [p for p in directory.iterdir() if pattern.fullmatch(p.name)]
-            if len(paths) != 1:
-                raise ScheduleError(f"{path.name} has {len(paths)} files {kind!r}; it must have 1")
-            texts.append(paths[0].read_text())
-        programs.append(parse_program(entry[1], entry[2], *texts))
+        programs.append(parse_program(entry[1], entry[2], *_texts(directory, re.escape(stem))))
     if not programs:
         raise ScheduleError(
             "the dump has no *-final_bundles.txt of an HLO instruction; this libtpu dumps its "
             "schedule in another form"
         )
     return programs
+
+
+def read_kernel(directory: Path, names: Sequence[str]) -> Program:
+    """The first Pallas kernel of the HLO instructions `names` that the dump has.
+
+    Raises:
+      ScheduleError: the dump has none of them, or it cannot be read.
+    """
+    files = [path.name for path in directory.iterdir()]
+    for name in names:
+        stem = rf"\d+-{re.escape(name)}"
+        if any(re.fullmatch(rf"{stem}-\d+-packed-bundles-post-ra\.txt", file) for file in files):
+            return parse_program(name, "custom-call", *_texts(directory, stem))
+    raise ScheduleError(f"the dump does not have {names[0]}: the program may come from a cache")
+
+
+def _texts(directory: Path, stem: str) -> Iterator[str]:
+    """The two dumps of an instruction that `parse_program` takes; `stem` matches its files."""
+    for kind in ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"):
+        pattern = re.compile(rf"{stem}-\d+-{kind}\.txt")
+        paths = [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
+        if len(paths) != 1:
+            raise ScheduleError(
+                f"the dump has {len(paths)} files {pattern.pattern}; it must have 1"
+            )
+        yield paths[0].read_text()
 
 
 def parse_program(name: str, opcode: str, bundles: str, utilization: str) -> Program:
@@ -150,7 +180,16 @@ def parse_program(name: str, opcode: str, bundles: str, utilization: str) -> Pro
         _parse_bundle(m, bundles[m.start() : end], slots)
         for m, end, slots in zip(starts, ends, table, strict=True)
     ]
-    return Program(name, opcode, units, capacity, tuple(parsed))
+    windows: dict[str, dict[int, tuple[Shape, Shape]]] = {"input": {}, "output": {}}
+    for kind, number, window, whole in _WINDOW.findall(bundles):
+        windows[kind][int(number)] = _shape(window), _shape(whole)
+    return Program(
+        name, opcode, units, capacity, tuple(parsed), windows["input"], windows["output"]
+    )
+
+
+def _shape(text: str) -> Shape:
+    return tuple(int(size) for size in text.split(",") if size)
 
 
 def _parse_bundle(header: re.Match, text: str, slots: tuple[int, ...]) -> Bundle:

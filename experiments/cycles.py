@@ -1,0 +1,182 @@
+"""Static cycles on TPU of an attention layer or of a whole step, by part of the model.
+
+    python -m experiments.cycles gqe_250m v5e:4x4 --batch-size 128 --mesh.data 16
+    python -m experiments.cycles gqe_250m v5e:2x2 --layer True
+    python -m experiments.cycles gqe_250m v6e:2x2 --layer True --backward True
+
+The program is compiled ahead of time; nothing runs. XLA's instructions carry the compiler's own
+estimate, and a Pallas kernel its static schedule: a model that compares programs on one chip, and
+no measurement. A layer is the configuration's attention on one chip of the slice, beside the dense
+one of the same heads.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from gqe_jax.commands import parse, run_command
+from gqe_jax.compile_for import hlo
+from gqe_jax.compile_for.cycle_table import as_json, table
+from gqe_jax.compile_for.cycles import Cycles, cycles
+from gqe_jax.compile_for.kernel_cycles import KernelCycles, clear_dump, kernel_cycles
+from gqe_jax.compile_for.program import compile_step
+from gqe_jax.compile_for.topology import Topology, get_topology
+from gqe_jax.config import AttentionConfig, ConfigError, RunConfig
+from gqe_jax.model.attention import make_attention
+from gqe_jax.runs import find_config, named_configs
+from gqe_kernels.chips import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class CyclesOptions:
+    """What is compiled, and where its cycles are written."""
+
+    layer: bool = False
+    """The attention layer alone, beside the dense one; not the train step."""
+    length: tuple[int, ...] = (2048,)
+    """Tokens of one sequence; of a layer."""
+    tokens: int = 32_768
+    """Tokens of all sequences; of a layer."""
+    backward: bool = False
+    """Forward and backward pass of the layer, not the forward pass alone."""
+    json: pathlib.Path | None = None
+    """A file for the figures."""
+
+    def __post_init__(self) -> None:
+        for length in self.length:
+            if length < 1 or self.tokens % length:
+                raise ConfigError(f"length is {length}; it must divide tokens, {self.tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CyclesCommand:
+    """The command line."""
+
+    config: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CONFIG")]]
+    """A configuration's name or a run's directory, which gives the defaults of the fields."""
+    slice: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SLICE")]]
+    """A TPU slice, such as v5e:4x4."""
+    options: Annotated[CyclesOptions, tyro.conf.arg(name="")]
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """The cycles of one compiled program."""
+
+    name: str
+    xla: Cycles
+    kernels: Sequence[KernelCycles]
+
+    @property
+    def total(self) -> float:
+        """All cycles but those of kernels that cannot be counted, and of collectives."""
+        return self.xla.total.cycles + sum(each.total for each in self.kernels)
+
+
+def count_layer(
+    config: AttentionConfig, topology: Topology, batch: int, length: int, *, backward: bool
+) -> Counted:
+    """The cycles of one layer on one chip, in bfloat16 with float32 parameters."""
+    layer = nnx.eval_shape(lambda: make_attention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(layer)
+
+    def forward(params: nnx.State, x: jax.Array) -> tuple[jax.Array, Any]:
+        y, aux, _ = nnx.merge(graphdef, params)(x)
+        return y, aux
+
+    def both(params: nnx.State, x: jax.Array, dy: jax.Array) -> Any:
+        y, pullback, aux = jax.vjp(forward, params, x, has_aux=True)
+        return y, aux, pullback(dy)
+
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
+    )
+    x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), jnp.bfloat16, sharding=sharding)
+    function, arguments = (both, (abstract, x, x)) if backward else (forward, (abstract, x))
+    traced = jax.jit(function).trace(*arguments)
+    clear_dump()
+    text = traced.lower().compile().as_text()
+    assert text is not None  # the compiler for TPUs gives it
+    program = hlo.parse(text)
+    name = f"{config.variant} layer, {batch} x {length:,}"
+    return Counted(name, cycles(program), kernel_cycles(program, topology.chip))
+
+
+def count(command: CyclesCommand, say: Callable[[str], None] = print) -> list[Counted]:
+    """Compiles what the command asks for, and prints a table for each program.
+
+    Raises:
+      ConfigError: the slice is unknown, or the configuration does not divide over it.
+      DoesNotFitError: the step takes more memory than the chip has.
+    """
+    topology, options, counted = get_topology(command.slice), command.options, []
+    if not options.layer:
+        step = compile_step(command.run, topology)
+        counted.append(Counted(command.config, step.cycles, step.kernels))
+        say(text(counted[-1], topology.chip))
+        return counted
+    routed = command.run.model.attention
+    for length in options.length:
+        pair = []
+        for config in (routed, dataclasses.replace(routed, variant="gqa")):
+            batch = options.tokens // length
+            pair.append(count_layer(config, topology, batch, length, backward=options.backward))
+            say(text(pair[-1], topology.chip) + "\n")
+        ours, dense = pair
+        say(f"{command.slice}, {length:,}: dense / {routed.variant} {dense.total / ours.total:.3f}")
+        counted += pair
+    return counted
+
+
+def text(counted: Counted, chip: Chip) -> str:
+    """The heading and the table of one program."""
+    kernels = sum(each.total for each in counted.kernels)
+    xla = counted.xla.total.cycles
+    heading = f"{counted.name}: {xla / 1e6:.2f}M of XLA + {kernels / 1e6:.2f}M of kernels"
+    return f"{heading}, {counted.total / chip.clock * 1e3:.2f} ms\n" + table(
+        counted.xla, counted.kernels, chip
+    )
+
+
+def read_command(arguments: Sequence[str]) -> CyclesCommand:
+    """Parses the command line."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    run = run_command(lambda: find_config(arguments[0])) if named else RunConfig()
+    return parse(
+        CyclesCommand(tyro.MISSING, tyro.MISSING, CyclesOptions(), run),
+        arguments,
+        prog="python -m experiments.cycles",
+        description=f"{__doc__} Configurations: {', '.join(named_configs())}.",
+    )
+
+
+def main() -> None:
+    """The command line."""
+    command = read_command(sys.argv[1:])
+    counted = run_command(lambda: count(command))
+    if command.options.json is None:
+        return
+    chip = get_topology(command.slice).chip
+    document = {
+        "command": f"python -m experiments.cycles {' '.join(sys.argv[1:])}",
+        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "programs": [
+            {"name": each.name, **as_json(each.xla, each.kernels, chip)} for each in counted
+        ],
+    }
+    command.options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
