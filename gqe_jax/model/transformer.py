@@ -22,7 +22,7 @@ from gqe_kernels.remat import ATTENTION_OUTPUT, PROJECTION
 
 _BLOCK_INPUT = "block_input"
 _POLICIES = jax.checkpoint_policies
-_REMAT_POLICY = {
+REMAT_POLICY = {
     "keep_dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable,
         _POLICIES.save_only_these_names(PROJECTION, ATTENTION_OUTPUT),
@@ -177,7 +177,7 @@ class Transformer(nnx.Module):
             return x, (aux, cache)
 
         if self.config.remat != "keep_everything":
-            policy = _REMAT_POLICY[self.config.remat]
+            policy = REMAT_POLICY[self.config.remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         x, (aux, cache) = jax.lax.scan(step, x, (params, cache))
         return x, aux, cache
