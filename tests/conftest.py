@@ -28,6 +28,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # libtpu, which compiles for chips that are not here.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Schedules take longer to write down than programs to compile; who reads them, asks for them.
+os.environ.setdefault("LIBTPU_INIT_ARGS", "--xla_jf_dump_llo_text=false")
 
 import jax
 import jaxtyping
