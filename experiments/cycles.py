@@ -134,7 +134,9 @@ def count(command: CyclesCommand, say: Callable[[str], None] = print) -> list[Co
             pair.append(count_layer(config, topology, batch, length, backward=options.backward))
             say(text(pair[-1], topology.chip) + "\n")
         ours, dense = pair
-        say(f"{command.slice}, {length:,}: dense / {routed.variant} {dense.total / ours.total:.3f}")
+        all_counted = all(x.cycles is not None for each in pair for x in each.kernels)
+        ratio = f"{dense.total / ours.total:.3f}" if all_counted else "unknown"
+        say(f"{command.slice}, {length:,}: dense / {routed.variant} {ratio}")
         counted += pair
     return counted
 
