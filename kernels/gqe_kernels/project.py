@@ -1,5 +1,6 @@
 """`project`: the projection on the best implementation of each platform, with its gradient."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,9 @@ def _project(x, projection: Projection) -> Projected:
 
 
 def _forward(x, projection: Projection):
-    projected = kept(_by_platform(pallas_tpu.forward, reference, (x, projection)), PROJECTION)
+    run = functools.partial(_by_platform, pallas_tpu.forward, reference)
+    run = without_derivative("derivative of its gradient", "project", run)
+    projected = kept(run(x, projection), PROJECTION)
     return projected, (x, projection, projected.expert_index)
 
 
@@ -47,10 +50,10 @@ def _backward(residuals, gradients: Projected):
 
     normed = projection.query_scale is not None
     kernel: Any = plain if normed else pallas_tpu.backward
-    return _by_platform(kernel, plain, (x, projection, expert_index, d_routed, d_logits))
+    return _by_platform(kernel, plain, x, projection, expert_index, d_routed, d_logits)
 
 
-def _by_platform(kernel: Any, plain: Any, operands: tuple[Any, ...]) -> Any:
+def _by_platform(kernel: Any, plain: Any, *operands: Any) -> Any:
     x, projection, *_ = operands
     if pallas_tpu.unsupported(x, projection) is not None:
         return plain(*operands)

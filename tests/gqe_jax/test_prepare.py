@@ -148,7 +148,7 @@ class TestInterruptedPreparation:
     def source(self, tmp_path):
         for number in range(4):
             (tmp_path / f"part-{number}.jsonl").write_bytes(ROWS)
-        (tmp_path / "part-4.jsonl").write_bytes(ROWS * 150)  # long enough to be killed in
+        (tmp_path / "part-4.jsonl").write_bytes(ROWS * 300)  # long enough to be killed in
         return tmp_path
 
     def start(self, source):
