@@ -30,9 +30,10 @@ from gqe_jax.compile_for.cycles import Cycles, cycles
 from gqe_jax.compile_for.kernel_cycles import KernelCycles, clear_dump, kernel_cycles
 from gqe_jax.compile_for.program import compile_step
 from gqe_jax.compile_for.topology import Topology, get_topology
-from gqe_jax.config import AttentionConfig, ConfigError, RunConfig
+from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, RunConfig
 from gqe_jax.model.attention import make_attention
 from gqe_jax.runs import find_config, named_configs
+from gqe_jax.sharding import OnMesh, make_mesh
 from gqe_kernels.chips import Chip
 
 
@@ -98,15 +99,17 @@ def count_layer(
         y, pullback, aux = jax.vjp(forward, params, x, has_aux=True)
         return y, aux, pullback(dy)
 
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    # On a mesh of the chip, the kernels take its block sizes.
+    mesh = make_mesh(MeshConfig(), list(topology.devices[:1]))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
     )
     x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), jnp.bfloat16, sharding=sharding)
     function, arguments = (both, (abstract, x, x)) if backward else (forward, (abstract, x))
-    traced = jax.jit(function).trace(*arguments)
+    lowered = OnMesh(mesh, jax.jit(function)).lower(*arguments)
     clear_dump()
-    text = traced.lower().compile().as_text()
+    text = lowered.compile().as_text()
     assert text is not None  # the compiler for TPUs gives it
     program = hlo.parse(text)
     name = f"{config.variant} layer, {batch} x {length:,}"

@@ -18,20 +18,20 @@ Kind = Literal["forward-mode derivative", "gradient of its gradient", "derivativ
 _identity_p = Primitive("gqe_derivative")
 
 
-def _missing(kind: Kind, name: str) -> NotImplementedError:
+def _missing(kind: Kind, name: str | None) -> NotImplementedError:
     return NotImplementedError(
         f"implementation={name!r} has a gradient (jax.grad, jax.vjp) and no {kind}; "
         "implementation='reference' has it"
     )
 
 
-def _lower(x: Any, *, kind: Kind, name: str) -> Any:
+def _lower(x: Any, *, kind: Kind, name: str | None) -> Any:
     if kind == "forward-mode derivative":
         raise _missing(kind, name)
     return x
 
 
-def _transpose(cotangent: Any, x: Any, *, kind: Kind, name: str) -> list[Any]:
+def _transpose(cotangent: Any, x: Any, *, kind: Kind, name: str | None) -> list[Any]:
     del x
     if kind != "forward-mode derivative":
         raise _missing(kind, name)
@@ -46,14 +46,14 @@ mlir.register_lowering(_identity_p, mlir.lower_fun(_lower, multiple_results=Fals
 
 
 def without_derivative[**Arguments, Result](
-    kind: Kind, name: str, function: Callable[Arguments, Result]
+    kind: Kind, name: str | None, function: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
     """`function`, which lacks this derivative: asking for it raises NotImplementedError.
 
     Args:
       kind: the missing derivative. Of a function that computes a gradient, either the gradient is
         missing, or any derivative.
-      name: the implementation, for the error.
+      name: the implementation, for the error; None: that of each platform.
       function: takes trees of arrays by position.
     """
 

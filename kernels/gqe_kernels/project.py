@@ -22,8 +22,15 @@ def project(x: Float[Array, "batch length embed"], projection: Projection) -> Pr
     Args:
       x: the tokens.
       projection: weights, in the dtype of `x`, and angles.
+
+    Returns:
+      The queries of the selected experts, keys, values, what the shared head reads, the router's
+      logits and the selected experts.
+
+    Raises:
+      NotImplementedError: a forward-mode derivative, or a second one, is asked for.
     """
-    marked = without_derivative("forward-mode derivative", "project", _project)
+    marked = without_derivative("forward-mode derivative", None, _project)
     return marked(*vary_alike((x, projection)))
 
 
@@ -34,7 +41,7 @@ def _project(x, projection: Projection) -> Projected:
 
 def _forward(x, projection: Projection):
     run = functools.partial(_by_platform, pallas_tpu.forward, reference)
-    run = without_derivative("derivative of its gradient", "project", run)
+    run = without_derivative("derivative of its gradient", None, run)
     projected = kept(run(x, projection), PROJECTION)
     return projected, (x, projection, projected.expert_index)
 

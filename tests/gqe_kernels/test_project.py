@@ -204,6 +204,14 @@ def test_the_kernel_norms(case):
     assert_near(outputs(ours), outputs(reference(x, projection)), 3e-6)
 
 
+def test_derivatives_that_are_missing_are_named():
+    x, projection = make(Case())
+    values = lambda x: jnp.sum(project(x, projection).routed.query ** 2)  # noqa: E731
+    for function in (values, jax.grad(values)):
+        with pytest.raises(NotImplementedError, match=r"implementation=None has.*'reference' has"):
+            jax.jit(lambda x, f=function: jax.jvp(f, (x,), (x,)))(x)
+
+
 @pytest.mark.wrong_types
 @pytest.mark.usefixtures("interpreter")
 def test_ties_go_to_the_lower_index():

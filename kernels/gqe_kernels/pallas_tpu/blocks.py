@@ -13,6 +13,8 @@ import jax
 from gqe_kernels.chips import CHIPS, MIB, chip_name
 from gqe_kernels.pallas_tpu.layout import LANES, Layout
 
+_ENOUGH = 56 * MIB  # of VMEM, on every chip
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -39,7 +41,7 @@ class BlockSizes:
     backward_q: int = 512
     backward_kv: int = 512
     d_query_bytes: int = 20 * MIB
-    vmem_bytes: int = 56 * MIB
+    vmem_bytes: int = _ENOUGH
 
     def __post_init__(self):
         for name in ("q", "kv", "backward_q", "backward_kv"):
@@ -105,8 +107,13 @@ def vmem_estimate(layout: Layout, blocks: BlockSizes, q_len: int, itemsize: int)
     """Bytes that the hungriest of the kernels holds: its blocks twice, for the pipeline, and its
     scratch."""
     return max(
-        _forward_bytes(layout, blocks, itemsize), _backward_bytes(layout, blocks, q_len, itemsize)
+        forward_bytes(layout, blocks, itemsize), _backward_bytes(layout, blocks, q_len, itemsize)
     )
+
+
+def claim(needed: int, most: int) -> int:
+    """Bytes of VMEM for a kernel that needs so many: XLA keeps weights in what is not claimed."""
+    return min(_ENOUGH, most) if needed <= _ENOUGH else most
 
 
 _NARROW = 4 * LANES * 4  # a row's index, weights, segments and logsumexp, each padded to 128 lanes
@@ -122,7 +129,8 @@ def _widths(layout: Layout) -> tuple[int, int, int]:
     return kv_row, q_row, layout.slots * layout.head_dim
 
 
-def _forward_bytes(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+def forward_bytes(layout: Layout, blocks: BlockSizes, itemsize: int) -> int:
+    """Bytes that the forward kernel holds, by estimate."""
     kv_row, q_row, slots = _widths(layout)
     scratch = layout.heads * (layout.row * (itemsize + 4) + 2 * LANES * 4)
     moved = 2 * itemsize * (blocks.q * (q_row + slots) + 2 * blocks.kv * kv_row)
@@ -175,7 +183,7 @@ def default_block_sizes(
         q, kv = sizes(blocks.q, blocks.kv, most)
         strip = blocks.strip if q % blocks.strip == 0 else LANES
         forward = dataclasses.replace(blocks, q=q, kv=kv, strip=strip)
-        if _forward_bytes(layout, forward, itemsize) <= blocks.vmem_bytes:
+        if forward_bytes(layout, forward, itemsize) <= blocks.vmem_bytes:
             break
     else:
         return None

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from gqe_kernels.contract import Mask
-from gqe_kernels.pallas_tpu.blocks import BlockSizes
+from gqe_kernels.pallas_tpu.blocks import BlockSizes, claim, forward_bytes
 from gqe_kernels.pallas_tpu.cost import FORWARD_PRODUCTS, estimate, visible_pairs
 from gqe_kernels.pallas_tpu.layout import (
     LANES,
@@ -341,7 +341,9 @@ def forward(
         cost_estimate=estimate(FORWARD_PRODUCTS, pairs, layout, batch, flat, out_shape),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=blocks.vmem_bytes,
+            vmem_limit_bytes=claim(
+                forward_bytes(layout, blocks, dtype.itemsize), blocks.vmem_bytes
+            ),
         ),
         name="gqe_forward",
     )(table, flat, mask)

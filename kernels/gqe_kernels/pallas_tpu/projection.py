@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Routed
-from gqe_kernels.pallas_tpu.blocks import lowered_chip, tuned
+from gqe_kernels.pallas_tpu.blocks import claim, lowered_chip, tuned
 from gqe_kernels.pallas_tpu.layout import LANES, Layout, takes
 from gqe_kernels.pallas_tpu.project import Columns, Outputs, Weights, project, split_float32
 from gqe_kernels.pallas_tpu.project_backward import unproject
@@ -84,8 +84,9 @@ def default_blocks(projection: Projection, x: Array, chip: str | None = None) ->
             angles = 4 * block * max(layout.row, LANES) * 4
             # Float32 rows of heads that wait to be written, and what the compiler spills.
             temporaries = 4 * block * (16 * layout.row + 2 * narrow)
-            if weights + moved + angles + temporaries <= vmem_bytes:
-                return Blocks(block, chunks, vmem_bytes)
+            needed = weights + moved + angles + temporaries
+            if needed <= vmem_bytes:
+                return Blocks(block, chunks, claim(needed, vmem_bytes))
     return None
 
 
