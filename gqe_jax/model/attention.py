@@ -155,13 +155,15 @@ class _Attention(nnx.Module):
     def project_slots(self, slots: Slots) -> Float[Array, "batch length embed"]:
         """The product of the slots with W_out (5).
 
-        It is that of two matrices: for one over slots and features XLA:TPU copies the slots.
+        It is that of two matrices: for one over slots and features XLA:TPU copies the slots, and
+        for such a weight their gradient, which the barrier prevents.
         """
         if type(self.out) is not nnx.LinearGeneral:
             return self.out(slots)
         dtype = self.out.dtype or jnp.result_type(slots, self.out.kernel[...])
         width = self.config.num_slots * self.config.resolved_head_dim
         weight = self.out.kernel[...].astype(dtype).reshape(width, self.config.embed_dim)
+        weight = jax.lax.optimization_barrier(weight)
         return slots.astype(dtype).reshape(*slots.shape[:2], width) @ weight
 
     def _in_auto_mode(self, explicit, x, positions, segment_ids, cache, return_routing):

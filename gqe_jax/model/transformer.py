@@ -18,14 +18,14 @@ from gqe_jax.model.zigzag import context_shards, from_zigzag, to_zigzag
 from gqe_jax.sharding import constrain
 from gqe_kernels import Attention, Implementation, get_attention
 from gqe_kernels.contract import AnyArray
-from gqe_kernels.remat import ATTENTION_OUTPUT, PROJECTION
+from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT, PROJECTION
 
 _BLOCK_INPUT = "block_input"
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICY = {
     "keep_dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable,
-        _POLICIES.save_only_these_names(PROJECTION, ATTENTION_OUTPUT),
+        _POLICIES.save_only_these_names(PROJECTION, ATTENTION_OPERANDS, ATTENTION_OUTPUT),
     ),
     "keep_attention": _POLICIES.save_only_these_names(ATTENTION_OUTPUT),
     "offload": _POLICIES.save_and_offload_only_these_names(

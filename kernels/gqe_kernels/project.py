@@ -1,5 +1,6 @@
 """`project`: the projection on the best implementation of each platform, with its gradient."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -42,7 +43,9 @@ def _project(x, projection: Projection) -> Projected:
 def _forward(x, projection: Projection):
     run = functools.partial(_by_platform, pallas_tpu.forward, reference)
     run = without_derivative("derivative of its gradient", None, run)
-    projected = kept(run(x, projection), PROJECTION)
+    projected = run(x, projection)
+    logits, index = kept((projected.logits, projected.expert_index), PROJECTION)
+    projected = dataclasses.replace(projected, logits=logits, expert_index=index)
     return projected, (x, projection, projected.expert_index)
 
 

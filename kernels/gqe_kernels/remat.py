@@ -8,9 +8,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 PROJECTION = "projection"
-"""What `project` returns."""
+"""The router's logits, and the experts that they select."""
+ATTENTION_OPERANDS = "attention_operands"
+"""The operands that an implementation's backward pass reads again, in the layout it reads them in.
+
+Only the residuals have the name, not what the forward pass reads: `jax.checkpoint` rounds, in a
+pass of its own, what it keeps if the forward pass reads it, too.
+"""
 ATTENTION_OUTPUT = "attention_output"
-"""All that an implementation's forward pass leaves for its backward pass."""
+"""What an implementation's forward pass computes for its backward pass."""
 
 
 def kept[Tree](tree: Tree, name: str) -> Tree:

@@ -18,7 +18,7 @@ from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.guard import guarded
 from gqe_kernels.reference import Heads, Keys
-from gqe_kernels.remat import ATTENTION_OUTPUT
+from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT
 from gqe_kernels.varying import vary_over, varying_axes
 
 MASKED = -1e30
@@ -171,7 +171,8 @@ def _flash_forward(tiling, query, key, value, mask):
     logsumexp = jnp.moveaxis(logsumexp, 0, 3).reshape(query.shape[:-1])
     # Not by its bits: this gradient has a derivative.
     out, logsumexp = (checkpoint_name(x, ATTENTION_OUTPUT) for x in (out, logsumexp))
-    return out, (query, key, value, mask, out, logsumexp)
+    operands = checkpoint_name((query, key, value), ATTENTION_OPERANDS)
+    return out, (*operands, mask, out, logsumexp)
 
 
 def _flash_backward(tiling, residuals, d_out):

@@ -71,6 +71,23 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(mesh, chunk, teacher_
     np.testing.assert_allclose(d_table, 3 * np.einsum("btv,bte->ve", d_logits, hidden), atol=2e-4)
 
 
+def test_bfloat16_gradients_are_within_its_rounding():
+    """Against float64 NumPy: up to three roundings of each number that is summed."""
+    rng = np.random.default_rng(1)
+    hidden, table = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 64, 32), (256, 32))
+    )
+    targets, weights = rng.integers(0, 256, (2, 64)), np.full((2, 64), 1 / 128)
+    exact = [np.asarray(x, np.float64) for x in (hidden, table)]
+    d_logits = (_softmax(exact[0] @ exact[1].T) - np.eye(256)[targets]) / 128
+    expected = d_logits @ exact[1], np.einsum("btv,bte->ve", d_logits, exact[0])
+    loss = lambda *arrays: chunked_loss(*arrays, targets, weights, chunk=16)[0]  # noqa: E731
+    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, table)
+    for ours, theirs in zip(found, expected, strict=True):
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
+        assert error < 3 * 2**-9 * np.linalg.norm(theirs)
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_logits_are_computed_once(gradient):
     """One product for the losses, and two more for their gradients."""

@@ -41,6 +41,15 @@ def test_guards_take_their_counts_in_order():
     assert call_cycles(program, tree, runs, cores=1) == expected
 
 
+def test_a_guard_around_the_pipelines_copies_is_not_the_authors():
+    """It has no name, and is counted in every step."""
+    lengths = (100, True), (1, False), (1000, True), (10, False)
+    program, tree = schedule(30, *lengths, pipelined=False)
+    runs = forward_runs(2048, 512, 512, batch=3)
+    expected = OUTSIDE + 30 * (LOOP + 1) + 12 * 100 + 18 * 1000 + 12 * 10
+    assert call_cycles(program, tree, runs, cores=1) == expected
+
+
 def test_launches_share_the_work():
     runs = backward_runs(4096, 256, 512, launches=3, blocks=6)
     lengths = [(n, n in (30, 40)) for n in (10, 20, 30, 40, 50, 60)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gqe_kernels import routed_attention, xla
-from gqe_kernels.remat import ATTENTION_OUTPUT
+from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT
 from tests.gqe_kernels.contract import Case, as_arguments, make_inputs
 
 
@@ -94,3 +94,16 @@ def test_under_remat_the_forward_pass_runs_once_if_its_output_is_kept(implementa
     policies = jax.checkpoint_policies
     kept = runs(policies.save_only_these_names(ATTENTION_OUTPUT))
     assert 0 < kept < runs(policies.nothing_saveable)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_under_remat_what_makes_the_operands_runs_once_if_they_are_kept(implementation):
+    call, query = attention_of(implementation, Case(head_dim=64), jnp.bfloat16)
+
+    def runs(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        objective = jax.checkpoint(lambda x: total(call, jnp.sin(x)), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(objective))(query)).count(" sin ")
+
+    assert runs() == 2
+    assert runs(ATTENTION_OPERANDS, ATTENTION_OUTPUT) == 1

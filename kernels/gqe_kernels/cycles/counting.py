@@ -160,7 +160,7 @@ def label_by_order(program: Program, tree: Region, runs: Mapping[str, int], spli
         return
     steps = runs["grid"] // runs.get("calls", 1)
     trips = max((each.trips or 0 for each in tree.children if each.kind == "loop"), default=0)
-    guards = conditional(tree, pipelined=trips * split > steps)
+    guards = _largest(conditional(tree, pipelined=trips * split > steps), len(names), program)
     mxu = program.units.index("MXU")
 
     def multiplies(guard: Region) -> bool:
@@ -184,3 +184,17 @@ def label_by_order(program: Program, tree: Region, runs: Mapping[str, int], spli
         )
     for guard, name in zip(guards, fitting[0], strict=True):
         guard.label = name
+
+
+def _largest(guards: list[Region], most: int, program: Program) -> list[Region]:
+    """At most so many guards, in program order, if the others are negligible: the pipeline's own.
+
+    Where no guard is around all of a step, those around its copies stand beside the author's.
+    """
+    size = lambda guard: guard.stop - guard.start  # noqa: E731
+    ordered = sorted(guards, key=size, reverse=True)
+    others = sum(map(size, ordered[most:]))
+    is_clear = len(ordered) > most and size(ordered[most]) < size(ordered[most - 1])
+    if not is_clear or others > _NEGLIGIBLE * len(program.bundles):
+        return guards
+    return [guard for guard in guards if guard in ordered[:most]]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import Mask, Routed, Slots, split_pieces
@@ -22,7 +23,7 @@ from gqe_kernels.pallas_gpu.forward import forward
 from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
 from gqe_kernels.reference import pad_rows, select_experts, shared_operands
-from gqe_kernels.remat import ATTENTION_OUTPUT, kept
+from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT, kept
 
 
 class _Static(NamedTuple):
@@ -150,9 +151,10 @@ def _attention_forward(static: _Static, operands: ByHead, mask: Mask, visited: T
     run = without_derivative("derivative of its gradient", "pallas_gpu", run)
     found = kept(run(operands, mask, visited.forward), ATTENTION_OUTPUT)
     if not selects:
-        found = found._replace(selected=operands.query)
+        found = found._replace(selected=checkpoint_name(operands.query, ATTENTION_OPERANDS))
     unread: Any = None  # the selected queries stand for both
     operands = dataclasses.replace(operands, query=unread, shared_query=unread)
+    operands = checkpoint_name(operands, ATTENTION_OPERANDS)
     return found.slots, (operands, mask, visited, found)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.derivatives import without_derivative
@@ -17,7 +18,7 @@ from gqe_kernels.pallas_tpu.layout import LANES, Flat, Layout, flatten, unflatte
 from gqe_kernels.pallas_tpu.prepare import prepare
 from gqe_kernels.pallas_tpu.schedule import visits
 from gqe_kernels.pallas_tpu.tile import Tiles
-from gqe_kernels.remat import ATTENTION_OUTPUT, kept
+from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT, kept
 
 
 class _Static(NamedTuple):
@@ -83,7 +84,7 @@ def _attention_forward(static: _Static, flat: Flat, mask: Mask):
     run = functools.partial(forward, **static._asdict())
     run = without_derivative("derivative of its gradient", "pallas_tpu", run)
     slots, logsumexp = kept(run(flat, mask), ATTENTION_OUTPUT)
-    return slots, (flat, mask, slots, logsumexp)
+    return slots, (checkpoint_name(flat, ATTENTION_OPERANDS), mask, slots, logsumexp)
 
 
 @jax.enable_x64(False)
