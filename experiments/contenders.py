@@ -1,0 +1,129 @@
+"""Models that a model of Grouped Query Experts is held against, and what each of them costs."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from gqe_jax.config import AttentionConfig, RunConfig
+from gqe_jax.model.flops import matmul_flops_per_token
+from gqe_jax.model.transformer import count_parameters
+
+GQE, DENSE, FEWER_HEADS = "GQE", "dense, all heads", "dense, the selected heads"
+WIDER_MLP, AS_LARGE = "dense, the selected heads, wider MLP", "GQE, as many parameters as dense"
+
+
+def attention_of(base: RunConfig, **fields: object) -> RunConfig:
+    """`base` with other fields of the attention; head_dim stays."""
+    attention = base.model.attention
+    fields = {"head_dim": attention.resolved_head_dim} | fields
+    attention = dataclasses.replace(attention, **fields)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, attention=attention))
+
+
+def mlp_of(base: RunConfig, width: int) -> RunConfig:
+    """`base` with an MLP of another width."""
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, mlp_dim=width))
+
+
+def of_equal_cost(base: RunConfig) -> Mapping[str, RunConfig]:
+    """GQE, and the models that cost as much as it does, or more, each in its own way.
+
+    Args:
+      base: a run of the variant `gqe`, with fewer selected heads than query experts.
+
+    Dense with all heads is the paper's baseline. Dense with the selected heads has k·G query heads,
+    one fewer than GQE computes for a token; G does not divide k·G + 1. With the FLOPs that it needs
+    fewer than GQE at the run's own length, its MLP is widened. Last, GQE with an MLP that gives it
+    as many parameters as the dense model.
+    """
+    attention = base.model.attention
+    dense = attention_of(base, variant="gqa")
+    heads = attention.top_k * attention.num_kv_heads
+    fewer = attention_of(base, variant="gqa", num_query_experts=heads, top_k=1)
+    length, layers = base.sequence_length, base.model.num_layers
+    saved = matmul_flops_per_token(base.model, length) - matmul_flops_per_token(fewer.model, length)
+    a_column = 3 * base.model.embed_dim * layers  # weights of one column of the MLP
+    lacks = count_parameters(dense.model) - count_parameters(base.model)
+    return {
+        GQE: base,
+        DENSE: dense,
+        FEWER_HEADS: fewer,
+        WIDER_MLP: mlp_of(fewer, base.model.mlp_dim + round(saved / (2 * a_column))),
+        AS_LARGE: mlp_of(base, base.model.mlp_dim + round(lacks / a_column)),
+    }
+
+
+def of_experts(base: RunConfig, experts: tuple[int, ...] = (2, 4, 8)) -> Mapping[str, RunConfig]:
+    """GQE with so many experts in each group, of which as many as in `base` are selected."""
+    groups = base.model.attention.num_kv_heads
+    return {f"M = {m}": attention_of(base, num_query_experts=m * groups) for m in experts}
+
+
+def of_sizes(base: RunConfig) -> Mapping[str, RunConfig]:
+    """GQE and dense at half and twice the width, tokens in proportion to the parameters."""
+    found = {}
+    for factor in (0.5, 1.0, 2.0):
+        attention = base.model.attention
+        scaled = dataclasses.replace(
+            attention,
+            embed_dim=round(attention.embed_dim * factor),
+            head_dim=round(attention.resolved_head_dim * factor),
+        )
+        model = dataclasses.replace(
+            base.model, attention=scaled, mlp_dim=round(base.model.mlp_dim * factor)
+        )
+        share = count_parameters(model) / count_parameters(base.model)
+        sized = dataclasses.replace(base, model=model, steps=max(1, round(base.steps * share)))
+        for name, run in ((GQE, sized), (DENSE, attention_of(sized, variant="gqa"))):
+            found[f"{name}, {count_parameters(model) / 1e6:.1f}M"] = run
+    return found
+
+
+def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
+    """GQE with one change of its recipe at a time."""
+
+    def optimizer(**fields: float) -> RunConfig:
+        changed = dataclasses.replace(base.optimizer, **fields)
+        return dataclasses.replace(base, optimizer=changed)
+
+    return {
+        "the paper's": base,
+        "no balancing": optimizer(load_balancing_weight=0.0),
+        "balancing x 0.1": optimizer(
+            load_balancing_weight=base.optimizer.load_balancing_weight / 10
+        ),
+        "balancing x 10": optimizer(
+            load_balancing_weight=base.optimizer.load_balancing_weight * 10
+        ),
+        "router's z-loss 0.001": optimizer(router_z_loss_weight=1e-3),
+        "router starts at 0": attention_of(base, router_init_std=0.0),
+        "router starts at 0.2": attention_of(base, router_init_std=0.2),
+        "no shared head": attention_of(base, variant="hard_concat"),
+        "no shared head, slots weighted": attention_of(base, variant="weighted_concat"),
+        "shared head with own K and V": attention_of(base, shared_kv="own"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+      parameters: of the model.
+      flops: of the forward pass for one token of a sequence of 2,048 and of 32,768, matrix products
+        alone: experts that are projected and not selected count, masked keys do not.
+    """
+
+    parameters: int
+    flops: tuple[float, float]
+
+
+def cost(run: RunConfig) -> Cost:
+    """The cost of a run's model."""
+    lengths = 2048, 32_768
+    short, long = (matmul_flops_per_token(run.model, length) for length in lengths)
+    return Cost(count_parameters(run.model), (short, long))
+
+
+def is_routed(attention: AttentionConfig) -> bool:
+    """Whether a router selects among experts."""
+    return attention.variant != "gqa" and attention.top_k < attention.experts_per_group

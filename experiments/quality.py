@@ -1,0 +1,298 @@
+"""Trains GQE beside dense models and other recipes, on several seeds, and tabulates their text.
+
+    python -m experiments.quality cost --seeds 3
+    python -m experiments.quality tokens --seeds 3
+    python -m experiments.quality sizes
+    python -m experiments.quality experts
+    python -m experiments.quality recipe --seeds 5
+
+`cost` has dense models that cost as much as GQE. `tokens` asks whether the gap closes: one run of
+each model with a constant learning rate, from which runs branch off that decay it, so that each
+number of tokens has a finished run. `sizes` has three widths with tokens in proportion, `experts`
+more experts at the same cost, `recipe` one change of the recipe at a time.
+
+All models of a seed read the same batches. A run that is there already is not trained again, and
+one that was stopped goes on. The scores go to STUDY.json in the output directory, with a table and
+a plot beside them; a run that failed is in the table with its error.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal, get_args
+
+import matplotlib.figure
+import tyro
+
+from configs import CONFIGS
+from experiments.ablation import trained
+from experiments.contenders import (
+    DENSE,
+    FEWER_HEADS,
+    GQE,
+    cost,
+    is_routed,
+    of_equal_cost,
+    of_experts,
+    of_recipes,
+    of_sizes,
+)
+from gqe_jax.commands import parse, run_command
+from gqe_jax.config import ConfigError, RunConfig
+from gqe_jax.data.corpus import written_whole
+from gqe_jax.errors import UserError
+from gqe_jax.report.curves import styled
+from gqe_jax.storage import location, write_whole
+
+Study = Literal["cost", "tokens", "sizes", "experts", "recipe"]
+STUDIES = {"cost": of_equal_cost, "sizes": of_sizes, "experts": of_experts, "recipe": of_recipes}
+# Of the steps of a run that branches off, those with a decaying learning rate.
+DECAY = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityConfig:
+    """What is compared, and on how much text."""
+
+    study: tyro.conf.Positional[Annotated[Study, tyro.conf.arg(metavar="STUDY")]]
+    """`cost`, `tokens`, `sizes`, `experts` or `recipe`."""
+    config: str = "tiny"
+    """The configuration of the GQE model; of it, only what a study compares changes."""
+    seeds: int = 3
+    """Runs of each model, with seeds from 0."""
+    steps: int | None = None
+    """Steps of a run; None: the configuration's. Not for `tokens`."""
+    tokens: tuple[int, ...] = (500_000, 1_000_000, 2_000_000, 4_000_000)
+    """Tokens of the finished runs of `tokens`, ascending."""
+    workers: int = 1
+    """Runs at a time, each in a process of its own if there are more than one."""
+    output: pathlib.Path = pathlib.Path("runs/quality")
+    """Directory of the runs and results."""
+
+    def __post_init__(self) -> None:
+        if self.config not in CONFIGS:
+            raise ConfigError(f"config is {self.config!r}; it must be one of {', '.join(CONFIGS)}")
+        attention = CONFIGS[self.config].model.attention
+        if attention.variant != "gqe" or not is_routed(attention):
+            raise ConfigError(f"config is {self.config!r}; its router must select among experts")
+        for field in ("seeds", "workers"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
+        if self.study == "tokens" and self.steps is not None:
+            raise ConfigError(f"steps is {self.steps}; the study `tokens` takes --tokens")
+        if not self.tokens or list(self.tokens) != sorted(set(self.tokens)):
+            raise ConfigError(f"tokens is {self.tokens}; give numbers in ascending order")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run, or the runs that branch off one.
+
+    Attributes:
+      run: to the end of its steps.
+      ends: steps at which runs that branch off end; empty: the run itself is what is scored.
+    """
+
+    name: str
+    seed: int
+    run: RunConfig
+    ends: tuple[int, ...] = ()
+
+
+def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
+    """All runs of a study, seed by seed; `base` is the GQE model's."""
+    if config.steps is not None:
+        base = dataclasses.replace(base, steps=config.steps)
+    per_step = base.batch_size * base.sequence_length
+    ends = tuple(round(tokens / per_step) for tokens in config.tokens)
+    if config.study == "tokens":
+        models = of_equal_cost(base)
+        models = {name: models[name] for name in (GQE, DENSE, FEWER_HEADS)}
+    else:
+        models, ends = STUDIES[config.study](base), ()
+    for seed in range(config.seeds):
+        for name, run in models.items():
+            words = "".join(c if c.isalnum() else "-" for c in name.lower())
+            run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
+            changed = dataclasses.replace(run, run_dir=str(run_dir), seed=seed)
+            yield Job(name, seed, changed, ends)
+
+
+def scores_of(job: Job) -> dict[int, float]:
+    """Held-out bits per byte, by the number of trained tokens.
+
+    Raises:
+      KeyboardInterrupt: the run was stopped; the same call goes on.
+      UserError: the run failed.
+    """
+    per_step = job.run.batch_size * job.run.sequence_length
+    if not job.ends:
+        return {job.run.steps * per_step: trained(job.run)}
+    return {end * per_step: trained(branch(job.run, end, max(job.ends))) for end in job.ends}
+
+
+def branch(run: RunConfig, end: int, last: int) -> RunConfig:
+    """A run whose learning rate decays from `run`'s plateau to `end`; trains `run` up to there.
+
+    The plateau is one run that is made longer each time; its state is copied where a run branches.
+
+    Args:
+      last: the last of all ends.
+    """
+    warmup = round(run.optimizer.warmup_fraction * run.steps)
+    start = end - round(DECAY * end)
+    if warmup > start:
+        raise ConfigError(f"tokens: the warm-up has {warmup} steps; a run of {end} is too short")
+
+    def schedule(steps: int, decay: float) -> dict:
+        fraction = warmup / steps
+        return {
+            "optimizer": dataclasses.replace(
+                run.optimizer, schedule_steps=steps, warmup_fraction=fraction, decay_fraction=decay
+            )
+        }
+
+    directory = pathlib.Path(f"{run.run_dir}-{end}")
+    if not directory.exists():
+        plateau = dataclasses.replace(run, steps=start, **schedule(last, 0.0))
+        trained(plateau)
+        with written_whole(location(directory)) as partial:
+            for path in pathlib.Path(run.run_dir).iterdir():
+                if path.name in ("config.json", "metrics.jsonl"):
+                    partial.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, pathlib.Path(partial) / path.name)
+            saved = pathlib.Path(run.run_dir) / "checkpoints" / str(start)
+            shutil.copytree(saved, pathlib.Path(partial) / "checkpoints" / str(start))
+    return dataclasses.replace(
+        run, run_dir=str(directory), steps=end, resume_step=start, **schedule(end, DECAY)
+    )
+
+
+type Scores = dict[str, dict[int, dict[int, float]]]
+"""Bits per byte by model, tokens and seed."""
+
+
+def run_study(todo: Sequence[Job], workers: int = 1) -> tuple[Scores, dict[str, str]]:
+    """Trains what is not trained yet.
+
+    Args:
+      workers: runs at a time.
+
+    Returns:
+      The scores, and the errors of the runs that failed, by model and seed.
+
+    Raises:
+      KeyboardInterrupt: a run was stopped; the same call goes on.
+    """
+    scores: Scores = {}
+    errors: dict[str, str] = {}
+    for job, result in _results(todo, workers):
+        if isinstance(result, str):
+            errors[f"{job.name}, seed {job.seed}"] = result
+            continue
+        for tokens, score in result.items():
+            scores.setdefault(job.name, {}).setdefault(tokens, {})[job.seed] = score
+    return scores, errors
+
+
+def _results(todo: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[int, float] | str]]:
+    if workers == 1:
+        yield from ((job, _result(job)) for job in todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from zip(todo, pool.map(_result, todo), strict=True)
+
+
+def _result(job: Job) -> dict[int, float] | str:
+    try:
+        return scores_of(job)
+    except UserError as error:
+        return str(error)
+
+
+def table(todo: Sequence[Job], scores: Scores, errors: Mapping[str, str]) -> str:
+    """Markdown: each model's cost and score, and how far it is from the first, seed by seed."""
+    runs = {job.name: job.run for job in todo}
+    rows = [
+        "| model | parameters | MFLOP a token at 2,048 and 32,768 | tokens | bits per byte "
+        "| from the first | by seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first = scores.get(next(iter(runs)), {})
+    for name, by_tokens in scores.items():
+        of = cost(runs[name])
+        flops = " and ".join(f"{flops / 1e6:.2f}" for flops in of.flops)
+        for tokens, by_seed in by_tokens.items():
+            pairs = [
+                score - first[tokens][seed]
+                for seed, score in by_seed.items()
+                if seed in first.get(tokens, {})
+            ]
+            each = ", ".join(f"{score:.4f}" for _, score in sorted(by_seed.items()))
+            rows.append(
+                f"| {name} | {of.parameters:,} | {flops} | {tokens:,} "
+                f"| {mean_and_spread(list(by_seed.values()))} | {mean_and_spread(pairs, '+')} "
+                f"| {each} |"
+            )
+    rows += [f"| {name} | failed: {error} | | | | | |" for name, error in errors.items()]
+    return "\n".join(rows)
+
+
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    """The mean, and the sample's standard deviation if there is more than one value."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+@styled
+def plot(todo: Sequence[Job], scores: Scores) -> matplotlib.figure.Figure:
+    """Bits per byte against tokens, or against the cost of a token where all have as many."""
+    runs = {job.name: job.run for job in todo}
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    by_tokens = any(job.ends for job in todo)
+    for name, of_model in scores.items():
+        at = list(of_model) if by_tokens else [cost(runs[name]).flops[0] / 1e6] * len(of_model)
+        values = [list(by_seed.values()) for by_seed in of_model.values()]
+        spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+        means = [statistics.mean(each) for each in values]
+        axes.errorbar(at, means, spread, label=name, marker="o", capsize=3)
+    axes.set_xscale("log" if by_tokens else "linear")
+    axes.set_xlabel("tokens" if by_tokens else "MFLOP a token at 2,048")
+    axes.set_ylabel("held-out bits per byte")
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    """The command line."""
+    default = QualityConfig(tyro.MISSING)
+    config = parse(default, sys.argv[1:], prog="python -m experiments.quality", description=__doc__)
+    todo = run_command(lambda: list(jobs(config, CONFIGS[config.config])))
+    try:
+        scores, errors = run_command(lambda: run_study(todo, config.workers))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    output = config.output / f"{config.study}.json"
+    document = {"command": " ".join(sys.argv[1:]), "scores": scores, "errors": errors}
+    write_whole(location(output), json.dumps(document, indent=1) + "\n")
+    text = table(todo, scores, errors)
+    write_whole(location(output.with_suffix(".md")), text + "\n")
+    if scores:
+        plot(todo, scores).savefig(output.with_suffix(".png"))
+    print(text)
+
+
+assert set(STUDIES) | {"tokens"} == set(get_args(Study))
+
+if __name__ == "__main__":
+    main()
