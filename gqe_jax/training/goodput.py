@@ -23,7 +23,13 @@ def latest(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def spent(record: dict[str, Any]) -> dict[str, float]:
     """The seconds of a record, by what they were spent on."""
-    return {kind: float(record.get(_PREFIX + kind, 0.0)) for kind in SPENT}
+    return {kind: _number(record, _PREFIX + kind) for kind in SPENT}
+
+
+def _number(record: dict[str, Any], name: str) -> float:
+    """A number of a record, which a user or a crash may have damaged: 0 where it is none."""
+    value = record.get(name)
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e15 else 0.0
 
 
 class Goodput:
@@ -62,10 +68,11 @@ class Goodput:
         for kind, seconds in spent(last).items():
             self._seconds[kind] += seconds
         reached = max(line["step"] for line in lines)
-        self.restarts = int(last.get("restarts", 0)) + 1
-        self.lost_steps = int(last.get("lost_steps", 0)) + max(reached - start, 0)
+        self.restarts = int(_number(last, "restarts")) + 1
+        self.lost_steps = int(_number(last, "lost_steps")) + max(reached - start, 0)
         if not last.get("ended"):
-            self._seconds["restarting"] += max(self.began - float(last.get("time", self.began)), 0)
+            since = _number(last, "time") or self.began
+            self._seconds["restarting"] += max(self.began - since, 0.0)
 
     @contextlib.contextmanager
     def spend(self, kind: str, hidden: Callable[[], bool] = lambda: False) -> Iterator[None]:

@@ -127,7 +127,7 @@ class WeightsAndBiases:
         pass
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def check_wandb(project: str | None) -> None:

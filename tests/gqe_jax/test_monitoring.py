@@ -18,6 +18,8 @@ import pytest
 from gqe_jax import compilation_cache
 from gqe_jax.compile_for.cycles import PARTS, part_of
 from gqe_jax.config import ConfigError, ProfileConfig, RunConfig
+from gqe_jax.report import page
+from gqe_jax.report.curves import Curves
 from gqe_jax.training.goodput import SPENT, Goodput, spent
 from gqe_jax.training.loop import train
 from gqe_jax.training.profile import Profile
@@ -65,10 +67,9 @@ def test_a_profile_has_the_steps_of_its_window_and_the_parts_of_the_model(profil
 def test_xprof_opens_a_profile(profiled):
     convert = pytest.importorskip("xprof.convert.raw_to_tool_data", reason="pip install xprof")
     path = str(profile_of(profiled[0].run_dir))
-    assert "trace_viewer" in convert.xspace_to_tool_names([path])
     data, _ = convert.xspace_to_tool_data([path], "trace_viewer", {})
     names = {event.get("name") for event in json.loads(data)["traceEvents"]}
-    assert "train" in names
+    assert {"train 3", "train 4"} <= names
 
 
 def test_a_window_that_ends_early_is_written_and_a_later_start_records_none(tmp_path):
@@ -98,6 +99,13 @@ def test_the_time_of_a_run_is_divided_and_said(profiled):
     assert times["saving"] > 0
     assert last["goodput"] == pytest.approx(times["steps"] / sum(times.values()), rel=1e-2)
     assert output.splitlines()[-1].startswith("goodput ")
+
+
+def test_the_report_has_the_time(profiled):
+    shown, _ = page.build([page.Run(Curves.read(profiled[0].run_dir, "run"), None)])
+    assert "<h3>Time</h3>" in shown
+    assert "<td>compiling</td>" in shown
+    assert "0 restarts, 0 steps lost" in shown
 
 
 def test_time_is_spent_on_one_thing_at_a_time_and_compiling_apart():
@@ -225,8 +233,6 @@ def test_a_second_start_takes_the_programs_of_the_first(corpus, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the extra wandb")
 def test_weights_and_biases_has_the_metrics_of_every_start(corpus, tmp_path, monkeypatch):
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = options(tmp_path / "run", corpus)
@@ -236,14 +242,8 @@ def test_weights_and_biases_has_the_metrics_of_every_start(corpus, tmp_path, mon
     identity = (tmp_path / "run" / "wandb_id").read_text()
     logs = sorted((tmp_path / "run" / "wandb").rglob(f"run-{identity}.wandb"))
     assert len(logs) == 2
-    content = b""
-    for log in logs:
-        store = DataStore()
-        store.open_for_scan(str(log))
-        while (data := store.scan_data()) is not None:
-            content += bytes(data)
     for name in (b"eval_loss", b"grad_norm", b"max_expert_load/layer_1", b"goodput"):
-        assert name in content, name
+        assert all(name in log.read_bytes() for log in logs), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
