@@ -29,7 +29,7 @@ def spent(record: dict[str, Any]) -> dict[str, float]:
 def _number(record: dict[str, Any], name: str) -> float:
     """A number of a record, which a user or a crash may have damaged: 0 where it is none."""
     value = record.get(name)
-    return float(value) if type(value) in (int, float) and 0 <= value < 1e15 else 0.0
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e15 else 0.0
 
 
 class Goodput:
