@@ -28,6 +28,7 @@ from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
 from gqe_jax.storage import location
+from gqe_jax.training import executable
 from gqe_jax.training.checkpoint import (
     LOSS,
     TOKENS,
@@ -150,6 +151,7 @@ def train(
             implementation=config.attention_kernel,
             teacher=_load_teacher(config, mesh),
         )
+        train_step = steps.train_step if config.compiled is None else executable.load(config, steps)
         layout = steps.layout
         if start is None:
             state, start = layout.init(), 0
@@ -172,6 +174,7 @@ def train(
                 return vote()
 
             loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock, goodput)
+            loop.train_step = train_step
             state = loop.run(state, start)
         if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
@@ -311,6 +314,7 @@ class _Loop:
         goodput: Goodput,
     ):
         self.lock, self.goodput = lock, goodput
+        self.train_step: Callable[..., Any] = steps.train_step
         self.config, self.corpus, self.steps = config, corpus, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
@@ -368,7 +372,7 @@ class _Loop:
                 rows = next(batches)
             batch = global_batch(self.batch_sharding, config.batch_size, rows)
             with profile.step(step + 1):
-                state, metrics = self.steps.train_step(state, batch)
+                state, metrics = self.train_step(state, batch)
             step += 1
             self.telemetry.advance()
             self.log_pending(keep=1)
