@@ -3,6 +3,7 @@
 import sys
 
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compilation_cache import keep_programs
 from gqe_jax.compile_for.__main__ import FLAG, forwarded
 from gqe_jax.compile_for.__main__ import main as compile_main
 from gqe_jax.evaluation.run import EvalConfig, defaults_for, evaluate_run
@@ -33,7 +34,12 @@ def main() -> None:
         "gqe_jax.compile_for --help.",
     )
     score = evaluate_run if config.tasks is None else evaluate_tasks
-    result = run_command(lambda: score(config), all_processes=True)
+
+    def start() -> object:
+        keep_programs(config.compilation_cache)
+        return score(config)
+
+    result = run_command(start, all_processes=True)
     if is_first():
         print(result)
 

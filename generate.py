@@ -9,6 +9,7 @@ import jax
 import tyro
 
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compilation_cache import keep_programs
 from gqe_jax.config import ConfigError, MeshConfig
 from gqe_jax.generation import Generator, Sampling, stream_text
 from gqe_jax.runs import restore_run
@@ -38,6 +39,9 @@ class GenerateConfig:
     model ends texts with."""
     chunk_size: int = 256
     """Tokens of each prompt that a step of the prefill computes."""
+    compilation_cache: str | None = "default"
+    """Directory or bucket in which compiled programs are kept for the next start; `default`:
+    `gqe_jax/programs` in the user's cache directory; None or empty: none are kept."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Where no axis is named: the run's own, if it fits the devices."""
 
@@ -50,6 +54,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> None:
     """Loads the run's model and prints each prompt with its continuation."""
+    keep_programs(config.compilation_cache)
     run = restore_run(
         config.run_dir,
         step=config.step,

@@ -3,8 +3,10 @@
 import sys
 
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compilation_cache import keep_programs
 from gqe_jax.compile_for.__main__ import forwarded
 from gqe_jax.compile_for.__main__ import main as compile_main
+from gqe_jax.processes import process_began
 from gqe_jax.runs import find_config, named_configs
 from gqe_jax.training.loop import train
 
@@ -25,7 +27,12 @@ def main() -> None:
         "With --compile-for SLICE the step is compiled for TPUs and nothing is run: see python -m "
         "gqe_jax.compile_for --help.",
     )
-    run_command(lambda: train(config), all_processes=True)
+
+    def start() -> None:
+        keep_programs(config.compilation_cache)
+        train(config, began=process_began())
+
+    run_command(start, all_processes=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["keep_everything", "keep_dots", "keep_attention", "offload", "keep_nothing"]
+LibtpuFlags = Literal["default", "overlap"]
 MAX_SIZE = (1 << 31) - 1
 _MAX_ELEMENTS = 1 << 48  # of a parameter; sizes beyond 2⁶³ overflow in JAX
 
@@ -351,6 +352,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps that JAX's profiler records into `profile/` in the run's directory."""
+
+    start: int | None = None
+    """The first step that is recorded; None: nothing is. A resumed run that is beyond it records
+    nothing."""
+    steps: int = 3
+    """Number of steps that are recorded."""
+    all_hosts: bool = False
+    """Record on every host; False: on the first."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps")
+        if self.start is not None:
+            _check_positive(self, "start")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The complete configuration of a training run."""
 
@@ -389,9 +408,36 @@ class RunConfig:
     """Steps between checkpoints; the last step and the best evaluated step are always saved."""
     keep_checkpoints: int = 3
     """Number of latest checkpoints to keep, besides the one with the lowest held-out loss."""
+    profile: ProfileConfig = ProfileConfig()
+    watchdog_seconds: float | None = 1800.0
+    """When no step, batch of an evaluation or checkpoint ends for so long, every host prints the
+    stack of each of its threads; None: never."""
+    watchdog_exit: bool = False
+    """End the job then."""
+    compilation_cache: str | None = "default"
+    """Directory or bucket in which compiled programs are kept for the next start; `default`:
+    `gqe_jax/programs` in the user's cache directory; None or empty: none are kept."""
+    compiled: str | None = None
+    """A file of `--compile-for SLICE --save FILE`, whose program trains. It is code that runs: name
+    only a file that you trust."""
+    libtpu_flags: LibtpuFlags = "default"
+    """Options of the compiler for TPUs: its own, or those that overlap more collectives with
+    matrix products."""
+    wandb: str | None = None
+    """Project of Weights & Biases for the metrics; None: none. WANDB_MODE=offline keeps them in the
+    run's directory."""
 
     def __post_init__(self) -> None:
         _check(self, "run_dir", bool(self.run_dir), "name a directory")
+        _check_choice(self, "libtpu_flags", LibtpuFlags)
+        if self.watchdog_seconds is not None:
+            _check_positive(self, "watchdog_seconds")
+        watched = self.watchdog_seconds is not None
+        _check(
+            self, "watchdog_exit", watched or not self.watchdog_exit, "it needs watchdog_seconds"
+        )
+        for field in ("compiled", "wandb"):
+            _check(self, field, getattr(self, field) != "", "it must be None or a name")
         _check_positive(self, "steps", "batch_size", "sequence_length", "accumulation_steps")
         _check_positive(self, "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
         fits = 0 <= self.seed < 2**63

@@ -19,6 +19,8 @@ RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batche
 RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
 RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("optimizer.shard_state_over_data",)
+RESUMABLE += ("profile", "watchdog_seconds", "watchdog_exit", "compilation_cache", "compiled")
+RESUMABLE += ("libtpu_flags", "wandb")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
 

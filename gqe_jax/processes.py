@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import pathlib
 import socket
 import sys
 import threading
@@ -148,6 +149,17 @@ def _check_complete(named: dict[str, str]) -> None:
         raise ConfigError(f"{INDEX} is {index!r}; it must be from 0 to {int(count) - 1}")
     if not named[ADDRESS].rpartition(":")[2].isdecimal():
         raise ConfigError(f"{ADDRESS} is {named[ADDRESS]!r}; it must be HOST:PORT of process 0")
+
+
+def process_began() -> float:
+    """When this process began, as of `time.time`; where the system does not tell, now."""
+    now = time.time()
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        return now
+    return now - max(age, 0.0)
 
 
 def is_first() -> bool:

@@ -67,6 +67,12 @@ def location(name: str | os.PathLike | UPath) -> Location:
     return UPath(text)
 
 
+def cache_directory() -> pathlib.Path:
+    """The directory of what is made on first use and kept: `$XDG_CACHE_HOME/gqe_jax`."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "gqe_jax"
+
+
 def explain(error: BaseException) -> str | None:
     """A line on a failure of files or disks that a user can mend; None for another error.
 

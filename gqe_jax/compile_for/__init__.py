@@ -26,13 +26,23 @@ class CompileOptions:
     json: pathlib.Path | None = None
     """A file to write the figures to."""
 
+    save: pathlib.Path | None = None
+    """A file for the compiled train step, which `train.py --compiled FILE` runs on that slice."""
+
     def __post_init__(self) -> None:
         for field, least in (("num_slices", 1), ("sweep_meshes", 0)):
             if (value := getattr(self, field)) < least:
                 raise ConfigError(f"{field} is {value}; it must be at least {least}")
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+        for field in ("json", "save"):
+            path = getattr(self, field)
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise ConfigError(
+                    f"{field} is {str(path)!r}; it must be a file in a directory that exists"
+                )
+        if self.save is not None and (self.sweep_meshes or self.compile_step != "train"):
             raise ConfigError(
-                f"json is {str(self.json)!r}; it must be a file in a directory that exists"
+                f"save is {str(self.save)!r}; it needs one mesh and the train step: leave out "
+                "sweep_meshes and compile_step"
             )
 
 
@@ -58,7 +68,7 @@ def compile_for(config: RunConfig, slice_name: str, options: CompileOptions) -> 
             raise DoesNotFitError(f"no mesh fits {topology.name}; tried:\n{meshes.table(tried)}")
         values, text = [as_json(one) for _, one in tried if one], meshes.table(tried)
     else:
-        compiled = compile_step(config, topology, options.compile_step)
+        compiled = compile_step(config, topology, options.compile_step, save=options.save)
         values, text = as_json(compiled), as_text(compiled)
     if options.json is not None:
         options.json.write_text(json.dumps(values, indent=1) + "\n")

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
+import pathlib
 import re
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.collectives import Collective, collectives
@@ -25,11 +24,11 @@ from gqe_jax.compile_for.estimate import (
 from gqe_jax.compile_for.kernel_cycles import KernelCycles, clear_dump, kernel_cycles
 from gqe_jax.compile_for.topology import Topology
 from gqe_jax.config import RunConfig
-from gqe_jax.data import Batch
 from gqe_jax.errors import UserError
 from gqe_jax.model.flops import matmul_flops_per_token
-from gqe_jax.sharding import batch_sharding, check_divides, make_mesh
-from gqe_jax.training.steps import make_steps
+from gqe_jax.sharding import check_divides, make_mesh
+from gqe_jax.training import executable
+from gqe_jax.training.steps import abstract_batch, make_steps
 from gqe_kernels.chips import GIB
 
 Step = Literal["train", "eval"]
@@ -75,8 +74,16 @@ class Compiled:
     compile_seconds: float
 
 
-def compile_step(config: RunConfig, topology: Topology, step: Step = "train") -> Compiled:
+def compile_step(
+    config: RunConfig, topology: Topology, step: Step = "train", *, save: pathlib.Path | None = None
+) -> Compiled:
     """Compiles the step that `train` or `evaluate` runs, for devices that need not be attached.
+
+    Args:
+      config: the run.
+      topology: the devices.
+      step: which step.
+      save: a file for the executable of a train step (`executable.py`).
 
     Raises:
       ConfigError: the configuration does not fit the number of devices.
@@ -88,7 +95,7 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
     mesh = make_mesh(config.mesh, list(topology.devices))
     check_divides(config, dict(mesh.shape))
     steps = make_steps(config, mesh, implementation=config.attention_kernel)
-    abstract, batch = steps.layout.abstract, _abstract_batch(config, mesh)
+    abstract, batch = steps.layout.abstract, abstract_batch(config, mesh)
     function, arguments = {
         "train": (steps.train_step, (abstract, batch)),
         "eval": (steps.eval_step, (abstract.params, batch)),
@@ -118,6 +125,8 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         within = _largest_of_program(program)
         todo = remedies(config, dict(mesh.shape), step)
         raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo))
+    if save is not None:
+        executable.save(save, compiled, config, mesh)
     memory = Memory(
         parameters=sum(size for _, size in _shards(abstract.params)),
         optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
@@ -147,17 +156,6 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         kernels=kernels,
         scheduled=as_scheduled(static, kernels, crossings, topology.chip, **totals),
         compile_seconds=seconds,
-    )
-
-
-def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
-    """Returns shapes, types and shardings of the step's batch."""
-    rows = config.batch_size, config.sequence_length
-    tokens, weights = (np.broadcast_to(dtype(0), rows) for dtype in (np.int32, np.float32))
-    segments = tokens if config.data.document_masking else None
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
-        Batch(tokens, tokens, weights, segments),
     )
 
 

@@ -1,7 +1,6 @@
 """The default corpus: the installed Python standard library's source, one token per byte."""
 
 import hashlib
-import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -10,15 +9,10 @@ from gqe_jax.data.corpus import Corpus, write_manifest, written_whole
 from gqe_jax.data.shards import Document, make_manifest, write_documents
 from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
 from gqe_jax.errors import DataError
+from gqe_jax.storage import cache_directory
 
 STDLIB = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-def cache_directory() -> pathlib.Path:
-    """The directory of corpora made on first use: `$XDG_CACHE_HOME/gqe_jax`."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "gqe_jax"
 
 
 def stdlib_documents() -> Iterator[tuple[str, str, str]]:

@@ -54,6 +54,9 @@ class EvalConfig:
     """Tasks: `byte` or a tokenizer.json; None: the run's."""
     end_of_document: str | None = None
     """Tasks: token that ends a text; None: the tokenizer's."""
+    compilation_cache: str | None = "default"
+    """Directory or bucket in which compiled programs are kept for the next start; `default`:
+    `gqe_jax/programs` in the user's cache directory; None or empty: none are kept."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from gqe_jax.errors import DataError, UserError
 from gqe_jax.storage import Location, location, write_whole
+from gqe_jax.training import goodput
 from gqe_jax.training.telemetry import METRICS_FILE, read_metrics
 
 DIRECTORY = "report"
@@ -54,6 +55,8 @@ class Curves:
     training: dict[str, np.ndarray]
     evaluations: dict[str, np.ndarray]
     """Empty before the first evaluation."""
+    goodput: dict[str, Any] | None = None
+    """The last record of what the run's time was spent on."""
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike, label: str = "") -> "Curves":
@@ -75,7 +78,7 @@ class Curves:
             _columns(run_dir, training, [*_TRAINING, *routed]),
             _columns(run_dir, evaluations, _EVALUATIONS if evaluations else []),
         ]
-        return cls(label, *columns)
+        return cls(label, *columns, goodput=goodput.latest(lines))
 
     @property
     def expert_load(self) -> Float[np.ndarray, "step layer group expert"] | None:

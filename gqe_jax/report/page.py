@@ -13,6 +13,7 @@ import numpy as np
 from gqe_jax.report import curves, measures, pairs
 from gqe_jax.report.curves import Curves
 from gqe_jax.report.routing import RoutedText
+from gqe_jax.training import goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +143,27 @@ def _run_section(run: Run, suffix: str, images: dict[str, bytes]) -> str:
         "Optimizer",
         "Learning rate, and the global gradient norm before and after clipping.",
     )
+    if run.curves.goodput is not None:
+        content.append(_time_table(run.curves.goodput))
     if run.missing:
         content.insert(0, f'<p class="note">No routed text: {html.escape(run.missing)}.</p>')
     return _section(html.escape(run.curves.label), "\n".join(content))
+
+
+def _time_table(record: dict[str, Any]) -> str:
+    seconds = goodput.spent(record)
+    total = max(sum(seconds.values()), 1e-9)
+    rows = "".join(
+        f"<tr>{_cell(kind)}{_cell(f'{value:,.0f}')}{_cell(f'{value / total:.1%}')}</tr>"
+        for kind, value in seconds.items()
+    )
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("", "seconds", "share"))
+    return (
+        f'<h3>Time</h3>\n<p class="note">Wall time of all starts: {record.get("restarts", 0)} '
+        f"restarts, {record.get('lost_steps', 0)} steps lost.</p>\n"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
 
 
 def _pair_table(found: Sequence[measures.Pair]) -> str:

@@ -3,13 +3,15 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,8 @@ from gqe_jax.evaluation import evaluate
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
+from gqe_jax.storage import location
+from gqe_jax.training import executable
 from gqe_jax.training.checkpoint import (
     LOSS,
     TOKENS,
@@ -32,11 +36,15 @@ from gqe_jax.training.checkpoint import (
     NonFiniteStateError,
     checkpoint_directory,
 )
+from gqe_jax.training.goodput import Goodput
 from gqe_jax.training.lock import RunLock
 from gqe_jax.training.optimizer import warmup_stable_decay
+from gqe_jax.training.profile import Profile
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
 from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
+from gqe_jax.training.watchdog import Watchdog
+from gqe_jax.training.writers import WeightsAndBiases, Writer, check_wandb
 
 
 class NonFiniteLossError(UserError, RuntimeError):
@@ -98,7 +106,9 @@ def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
         )
 
 
-def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
+def train(
+    config: RunConfig, *, stream: Stream | None = None, began: float | None = None
+) -> TrainState:
     """Trains a run to its last step, or until a signal; resumes from its latest checkpoint.
 
     A run whose only checkpoint is step 0, as `gqe_jax.interop` writes it, begins with those
@@ -107,6 +117,7 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
     Args:
       config: the run.
       stream: where progress is printed; None: the error stream.
+      began: when the process began, as of `time.time`; None: now.
 
     Returns:
       The state on the mesh; its `step` is less than `config.steps` if a signal came.
@@ -119,6 +130,7 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
       NonFiniteLossError: the loss became infinite or NaN.
     """
     checkpoint_directory(config.run_dir)  # refuses before anything is written
+    check_wandb(config.wandb)
     mesh = make_mesh(config.mesh)
     check_divides(config, dict(mesh.shape))
     corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)
@@ -126,6 +138,8 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
     _check_agreement(config, corpus)
 
     with (
+        Goodput(began) as goodput,
+        Watchdog(config.watchdog_seconds, end=config.watchdog_exit) as watchdog,
         Interrupt() as interrupt,
         RunLock(config.run_dir) as lock,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
@@ -137,6 +151,7 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
             implementation=config.attention_kernel,
             teacher=_load_teacher(config, mesh),
         )
+        train_step = steps.train_step if config.compiled is None else executable.load(config, steps)
         layout = steps.layout
         if start is None:
             state, start = layout.init(), 0
@@ -146,13 +161,20 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
             state = checkpoints.restore(start, layout.abstract)
         if "restarted_from" in changed:
             checkpoints.delete_after(start)
+        goodput.resume(read_metrics(config.run_dir) if processes.is_first() else [], start)
         with _telemetry(config, mesh, start, stream) as telemetry:
             telemetry.say(_describe(config, corpus, steps, start))
             if changed:
                 telemetry.say(_describe_changes(start, changed))
                 telemetry.changed(start, changed)
-            stop = processes.Vote(mesh, lambda: bool(interrupt))
-            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock)
+            vote = processes.Vote(mesh, lambda: bool(interrupt))
+
+            def stop() -> bool:  # asked after each step, and each batch of an evaluation
+                watchdog.alive()
+                return vote()
+
+            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock, goodput)
+            loop.train_step = train_step
             state = loop.run(state, start)
         if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
@@ -248,7 +270,15 @@ def _telemetry(
         flops_per_token=3 * matmul_flops_per_token(config.model, config.sequence_length),
         devices=list(mesh.devices.flat),
         stream=stream,
+        more=functools.partial(_more_writers, config),
     )
+
+
+def _more_writers(config: RunConfig, directory: pathlib.Path) -> list[Writer]:
+    if config.wandb is None:
+        return []
+    identity = location(config.run_dir) / "wandb_id"
+    return [WeightsAndBiases(config.wandb, directory, config, identity)]
 
 
 def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
@@ -281,8 +311,10 @@ class _Loop:
         telemetry: Telemetry | Silent,
         stop: Callable[[], bool],
         lock: RunLock,
+        goodput: Goodput,
     ):
-        self.lock = lock
+        self.lock, self.goodput = lock, goodput
+        self.train_step: Callable[..., Any] = steps.train_step
         self.config, self.corpus, self.steps = config, corpus, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
@@ -306,12 +338,18 @@ class _Loop:
                 "the best checkpoint is chosen anew"
             )
 
-    def run(self, state: TrainState, step: int) -> TrainState:
-        config = self.config
+    def run(self, state: TrainState, start: int) -> TrainState:
+        """Trains the state after `start` steps to the last step, or until a signal."""
+        self.goodput.begin_steps()
+        with Profile(self.config.profile, self.config.run_dir, self.log_pending) as profile:
+            return self._run(state, start, profile)
+
+    def _run(self, state: TrainState, start: int, profile: Profile) -> TrainState:
+        config, step = self.config, start
         batches = training_batches(
             self.corpus.train,
             config.data,
-            start=step,
+            start=start,
             stop=config.steps,
             rows=local_rows(self.batch_sharding, config.batch_size),
             batch_size=config.batch_size,
@@ -327,15 +365,26 @@ class _Loop:
             due = step and step % config.checkpoint_every == 0
             stop = self.stop()
             if last or best or due or stop:
-                self.save(state, step)
+                self.save(state, step, ended=last or stop)
             if last or stop:
                 break
-            batch = global_batch(self.batch_sharding, config.batch_size, next(batches))
-            state, metrics = self.steps.train_step(state, batch)
+            with self.goodput.spend("data", hidden=self._computes):
+                rows = next(batches)
+            batch = global_batch(self.batch_sharding, config.batch_size, rows)
+            with profile.step(step + 1):
+                state, metrics = self.train_step(state, batch)
             step += 1
             self.telemetry.advance()
             self.log_pending(keep=1)
             self.pending.append((step, metrics))
+            if step == start + 1:
+                self.log_pending()
+                self._say_first_step(start)
+            if profile.ends_with(step):
+                with self._aside("saving"):
+                    profile.finish()
+        if step > start:
+            self.telemetry.say(self.goodput.describe())
         if not last:
             self.telemetry.say(f"stopped at step {step}; the same command resumes from there")
         elif unscored:
@@ -344,6 +393,26 @@ class _Loop:
                 "command evaluates it"
             )
         return state
+
+    def _computes(self) -> bool:
+        """Whether the devices still compute the last step that was started."""
+        return bool(self.pending) and not self.pending[-1][1]["loss"].is_ready()
+
+    def _say_first_step(self, start: int) -> None:
+        seconds, spent = self.goodput.since_start(), self.goodput.record()
+        self.telemetry.say(
+            f"first step {seconds:.1f} s after the start, {spent['seconds_compiling']:.1f} s of "
+            "them compiling"
+        )
+        self.telemetry.clock(start, {"seconds_to_first_step": seconds, **spent})
+
+    @contextlib.contextmanager
+    def _aside(self, kind: str) -> Iterator[None]:
+        """What is inside is not part of the steps: of their time, and of their speed."""
+        begun = time.perf_counter()
+        with self.goodput.spend(kind):
+            yield
+        self.telemetry.outside(time.perf_counter() - begun)
 
     def log_pending(self, keep: int = 0) -> None:
         """Waits for the metrics of all but the last `keep` steps, checks them, and logs them.
@@ -389,17 +458,17 @@ class _Loop:
         """
         self.log_pending()
         if step not in self.eval_loss:
-            begun = time.perf_counter()
-            result = evaluate(
-                self.steps,
-                state.params,
-                self.corpus.validation,
-                self.config.data,
-                batch_size=self.config.batch_size,
-                sequence_length=self.config.sequence_length,
-                limit=self.config.eval_batches,
-                stop=self.stop,
-            )
+            with self._aside("evaluating"):
+                result = evaluate(
+                    self.steps,
+                    state.params,
+                    self.corpus.validation,
+                    self.config.data,
+                    batch_size=self.config.batch_size,
+                    sequence_length=self.config.sequence_length,
+                    limit=self.config.eval_batches,
+                    stop=self.stop,
+                )
             if result is None:
                 return False
             if math.isfinite(result.loss):
@@ -413,12 +482,15 @@ class _Loop:
                     "eval_tokens": result.tokens,
                 },
             )
-            self.telemetry.outside(time.perf_counter() - begun)
         lowest = min(self.eval_loss.values(), default=math.nan)
         return self.eval_loss.get(step, math.inf) <= lowest
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Checkpoints the state, after checking that it and the loss are finite."""
+    def save(self, state: TrainState, step: int, *, ended: bool) -> None:
+        """Checkpoints the state, after checking that it and the loss are finite.
+
+        Args:
+          ended: whether the run stops here.
+        """
         self.log_pending()
         self.lock.check()
         loss = self.eval_loss.get(step)
@@ -426,12 +498,12 @@ class _Loop:
             if loss is not None:
                 self.checkpoints.record({step: (loss, self.eval_tokens)})
             return
-        begun = time.perf_counter()
-        self.telemetry.sync()
-        try:
-            self.checkpoints.save(
-                state, self.config, self.corpus.fingerprint, loss, self.eval_tokens
-            )
-        except NonFiniteStateError as error:
-            raise NonFiniteLossError(self._non_finite(step, str(error))) from None
-        self.telemetry.outside(time.perf_counter() - begun)
+        self.telemetry.clock(step, self.goodput.record(ended=ended))
+        with self._aside("saving"):
+            self.telemetry.sync()
+            try:
+                self.checkpoints.save(
+                    state, self.config, self.corpus.fingerprint, loss, self.eval_tokens
+                )
+            except NonFiniteStateError as error:
+                raise NonFiniteLossError(self._non_finite(step, str(error))) from None

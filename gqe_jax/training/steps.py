@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from gqe_jax.data.batch import Batch
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
 from gqe_jax.training import loss as losses
+from gqe_jax.training.compiler_options import compiler_options
 from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
 from gqe_jax.training.state import StateLayout, TrainState, lay_out_state
 from gqe_kernels import Implementation
@@ -118,6 +120,17 @@ def gradients(
     return jax.tree.map(lambda x: x / parts, sums)
 
 
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    """Returns shapes, types and shardings of the step's batch."""
+    rows = config.batch_size, config.sequence_length
+    tokens, weights = (np.broadcast_to(dtype(0), rows) for dtype in (np.int32, np.float32))
+    segments = tokens if config.data.document_masking else None
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
+        Batch(tokens, tokens, weights, segments),
+    )
+
+
 def make_steps(
     config: RunConfig,
     mesh: Mesh,
@@ -170,6 +183,7 @@ def make_steps(
         return nats, jnp.sum(batch.weights)
 
     state, rows = layout.sharding, batch_sharding(mesh)
+    options = compiler_options(config.libtpu_flags, mesh)
     replicated = shardings(jnp.zeros(()), mesh)
     # The teacher's parameters are an argument of the compiled step, not constants in it.
     extra = () if teacher is None else (teacher.params,)
@@ -182,11 +196,17 @@ def make_steps(
                 in_shardings=(state, rows, *(shardings(params, mesh) for params in extra)),
                 out_shardings=(state, replicated),
                 donate_argnums=0,
+                compiler_options=options,
             ),
             extra,
         ),
         eval_step=OnMesh(
             mesh,
-            jax.jit(eval_step, in_shardings=(state.params, rows), out_shardings=replicated),
+            jax.jit(
+                eval_step,
+                in_shardings=(state.params, rows),
+                out_shardings=replicated,
+                compiler_options=options,
+            ),
         ),
     )

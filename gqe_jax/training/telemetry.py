@@ -1,22 +1,22 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal."""
+"""Metrics of a run, their writers (`writers.py`), and progress on the terminal."""
 
 import contextlib
 import json
-import math
 import os
+import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from upath import UPath
 
 from gqe_jax.config_json import parse_json
-from gqe_jax.storage import copy_tree, is_remote, local_scratch, location, write_whole
+from gqe_jax.storage import copy_tree, is_remote, local_scratch, location
+from gqe_jax.training.writers import JsonLines, TensorBoard, Writer
 from gqe_kernels.chips import peak_flops
 
 METRICS_FILE = "metrics.jsonl"
@@ -109,6 +109,7 @@ class Telemetry:
       flops_per_token: model FLOPs of a training step per token, for the utilisation.
       devices: the devices that train.
       stream: the stream for progress, a bar on a terminal and lines elsewhere; None: stderr.
+      more: makes further writers, which keep their files in the directory that it is given.
     """
 
     def __init__(
@@ -120,8 +121,9 @@ class Telemetry:
         flops_per_token: float,
         devices: list[jax.Device],
         stream: Stream | None = None,
+        more: Callable[[pathlib.Path], Sequence[Writer]] = lambda _: (),
     ):
-        self._run_dir = location(run_dir)
+        self._run_dir, self._more = location(run_dir), more
         self._start, self._steps = start, steps
         self._flops_per_token = flops_per_token
         peaks = [peak for peak in map(peak_flops, devices) if peak is not None]
@@ -135,15 +137,12 @@ class Telemetry:
         ]
         self._scratch = contextlib.ExitStack()
         self._local = self._scratch.enter_context(local_scratch(self._run_dir))
-        path = self._local / METRICS_FILE
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(self._local / "tensorboard"),
-            purge_step=self._start + 1,
-            flush_secs=30,
-            filename_suffix=f".from-{self._start}",
-        )
+        lines = "".join(json.dumps(line) + "\n" for line in kept)
+        self._writers = [
+            JsonLines(self._local / METRICS_FILE, lines),
+            TensorBoard(self._local / "tensorboard", self._start),
+            *self._more(self._local),
+        ]
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(
@@ -157,8 +156,8 @@ class Telemetry:
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._board.close()
-        self._file.close()
+        for writer in self._writers:
+            writer.close()
         with self._scratch:
             self._copy()
 
@@ -208,14 +207,18 @@ class Telemetry:
         if record not in self._kept:
             self._write(record)
 
+    def clock(self, step: int, record: dict[str, Any]) -> None:
+        """Records what the run's time was spent on (`goodput.Goodput.record`)."""
+        self._write({"step": step, **record})
+
     def outside(self, seconds: float) -> None:
         """Excludes the time of an evaluation or checkpoint from the speed."""
         self._paused += seconds
 
     def sync(self) -> None:
         """Flushes the records so far to the disk, and copies them to an object store."""
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        for writer in self._writers:
+            writer.flush()
         self._copy()
 
     def _copy(self) -> None:
@@ -227,18 +230,6 @@ class Telemetry:
             name: np.asarray(value).tolist() if isinstance(value, np.ndarray) else value
             for name, value in record.items()
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        step = record["step"]
-        for name, value in record.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        if "expert_load" in record:
-            self._routing_to_board(record, step)
-
-    def _routing_to_board(self, record: dict[str, Any], step: int) -> None:
-        """Writes each layer's largest expert load and mean router entropy to TensorBoard."""
-        for layer, load in enumerate(record["expert_load"]):
-            self._board.add_scalar(f"max_expert_load/layer_{layer}", np.max(load), step)
-        for layer, entropy in enumerate(record["router_entropy"]):
-            self._board.add_scalar(f"router_entropy/layer_{layer}", np.mean(entropy), step)
+        step = record.pop("step")
+        for writer in self._writers:
+            writer.write(step, record)
