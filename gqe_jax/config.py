@@ -14,6 +14,8 @@ Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["wsd", "cosine", "linear"]
 Remat = Literal["keep_everything", "keep_dots", "keep_attention", "offload", "keep_nothing"]
 MAX_SIZE = (1 << 31) - 1
 _MAX_ELEMENTS = 1 << 48  # of a parameter; sizes beyond 2⁶³ overflow in JAX
@@ -227,10 +229,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up-stable-decay schedule, ZClip, and the weights of the losses."""
+    """The optimizer, its schedule, ZClip, and the weights of the losses."""
 
+    name: OptimizerName = "adamw"
+    """`adamw`, or `muon` (arXiv 2502.16982) for the matrices of attention and MLP and AdamW for the
+    embeddings, the router and the norms; both take the same learning rates and weight decay."""
+    schedule: Schedule = "wsd"
+    """Learning rate after the warm-up: constant, then linear to the floor over `decay_fraction`
+    (`wsd`), or to the floor along half a cosine (`cosine`) or a line (`linear`) at once."""
     peak_learning_rate: float = 5e-4
-    """Learning rate of the stable phase."""
+    """Learning rate after the warm-up."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last step of the schedule."""
     schedule_steps: int | None = None
@@ -239,7 +247,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     """Fraction of the schedule with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Fraction of the schedule, at its end, with linear decay; the paper does not give its
+    """wsd: fraction of the schedule, at its end, with linear decay; the paper does not give its
     value."""
     beta1: float = 0.9
     beta2: float = 0.95
@@ -279,7 +287,9 @@ class OptimizerConfig:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
-        fits = self.warmup_fraction + self.decay_fraction <= 1
+        _check_choice(self, "name", OptimizerName)
+        _check_choice(self, "schedule", Schedule)
+        fits = self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1
         remedy = f"with decay_fraction ({self.decay_fraction}) it must not exceed 1"
         _check(self, "warmup_fraction", fits, remedy)
         fits = 0 <= self.final_learning_rate <= self.peak_learning_rate

@@ -30,7 +30,7 @@ from gqe_jax.training.state import TrainState
 DIRECTORY = "checkpoints"
 LOSS, TOKENS = "eval_loss", "eval_tokens"
 """Metrics of a checkpoint: the held-out loss, and the number of tokens that it was measured on."""
-_STATE_SHAPES = ("optimizer.zclip_warmup_steps",)
+_STATE_SHAPES = ("optimizer.zclip_warmup_steps", "optimizer.name")
 """Fields that shape the optimizer's state."""
 Score = Mapping[str, float]
 

@@ -33,7 +33,7 @@ from gqe_jax.training.checkpoint import (
     checkpoint_directory,
 )
 from gqe_jax.training.lock import RunLock
-from gqe_jax.training.optimizer import warmup_stable_decay
+from gqe_jax.training.optimizer import learning_rate_schedule
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
 from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
@@ -191,7 +191,7 @@ def _find_start(
             if name.startswith("optimizer.") or name in ("steps", "accumulation_steps"):
                 changed[name] = [old, new]
     rates = [
-        jax.device_get(warmup_stable_decay(run.optimizer, run.steps)(step)).item()
+        jax.device_get(learning_rate_schedule(run.optimizer, run.steps)(step)).item()
         for run, step in ((saved, start - 1), (config, start))
     ]
     if set(changed) - {"accumulation_steps"} and start < config.steps:

@@ -1,4 +1,4 @@
-"""AdamW, warm-up-stable-decay and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
+"""The optimizer, its schedules and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
 
 from typing import Any, NamedTuple, cast
 
@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import OptimizerConfig
+from gqe_jax.training.muon import muon
 
 
 class ZClipState(NamedTuple):
@@ -99,6 +100,25 @@ def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The schedule that `config.schedule` names: `warmup_stable_decay`, or one without a plateau.
+
+    `cosine` and `linear` have the same warm-up, and fall from the peak to the floor over all steps
+    after it. A schedule of one step is the peak.
+    """
+    if config.schedule == "wsd":
+        return warmup_stable_decay(config, steps)
+    steps = config.schedule_steps or steps
+    warmup = round(config.warmup_fraction * steps)
+    warmup = min(max(warmup, 1), max(steps - 2, 0)) if config.warmup_fraction else 0
+    peak, floor, decay = config.peak_learning_rate, config.final_learning_rate, steps - 1 - warmup
+    if config.schedule == "cosine" and decay > 0:
+        falling = optax.cosine_decay_schedule(peak, decay, alpha=floor / peak)
+    else:
+        falling = optax.linear_schedule(peak, floor, decay)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falling], [warmup])
+
+
 def decay_mask(params: optax.Params) -> optax.Params:
     """Mask of the parameters with weight decay: all but the scales of norms."""
     return jax.tree_util.tree_map_with_path(
@@ -107,20 +127,23 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """ZClip followed by AdamW on the warm-up-stable-decay schedule over `steps` steps."""
+    """ZClip, then AdamW or Muon, with the learning rates of a schedule over `steps` steps."""
     clip = zclip(
         alpha=config.zclip_alpha,
         threshold=config.zclip_threshold if config.zclip else float("inf"),
         warmup_steps=config.zclip_warmup_steps,
         cap=config.clip_cap,
     )
+    scale = optax.scale_by_adam(
+        config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
+    )
+    if config.name == "muon":
+        scale = muon(scale, momentum_dtype=config.first_moment_dtype)
     return optax.chain(
         clip,
-        optax.scale_by_adam(
-            config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
-        ),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(warmup_stable_decay(config, steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
 
 

@@ -16,7 +16,7 @@ from gqe_jax.data.batch import Batch
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
 from gqe_jax.training import loss as losses
-from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
+from gqe_jax.training.optimizer import gradient_norms, learning_rate_schedule, make_optimizer
 from gqe_jax.training.state import StateLayout, TrainState, lay_out_state
 from gqe_kernels import Implementation
 
@@ -135,7 +135,7 @@ def make_steps(
     """
     layout = lay_out_state(config, mesh, implementation=implementation)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = warmup_stable_decay(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
 
     def train_step(
         state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
