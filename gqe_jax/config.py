@@ -212,7 +212,13 @@ class DataConfig:
 
     corpus: str = "stdlib"
     """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
-    `python -m gqe_jax.data.prepare`."""
+    `python -m gqe_jax.data.prepare`. With a mixture it gives the tokenizer and the held-out text
+    by which checkpoints are compared; its training text is read only if the mixture names it."""
+    mixture: tuple[str, ...] = ()
+    """Corpora to train on and their shares of the sequences, each as NAME=DIRECTORY:WEIGHT; none:
+    `corpus` alone."""
+    decay_mixture: tuple[str, ...] = ()
+    """The mixture of the decay phase of the schedule `wsd`; none: that of the steps before."""
     document_masking: bool = False
     """Restrict attention to documents: each document of a window is a segment."""
     verify_checksums: bool = True
@@ -278,6 +284,21 @@ class OptimizerConfig:
     distillation_weight: float = 0.5
     """With a teacher: weight w of the KL divergence from its predictions; the cross-entropy has
     weight 1 - w."""
+
+    def phases(self, steps: int) -> tuple[int, int, int]:
+        """The steps of the warm-up, of the decay, and of the whole schedule, by default `steps`.
+
+        A phase of the schedule `wsd` whose fraction is not 0 has at least one step. If the schedule
+        is too short for all, the warm-up goes first, then the decay: two steps are the peak and the
+        floor, a single one is the peak. The other schedules have no plateau.
+        """
+        length = self.schedule_steps or steps
+        decay = round(self.decay_fraction * length)
+        decay = min(max(decay, 1), length - 1) if self.decay_fraction else 0
+        reserved = decay if self.schedule == "wsd" else min(1, length - 1)
+        warmup = round(self.warmup_fraction * length)
+        warmup = min(max(warmup, 1), length - 1 - reserved) if self.warmup_fraction else 0
+        return warmup, decay if self.schedule == "wsd" else length - 1 - warmup, length
 
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
@@ -395,6 +416,9 @@ class RunConfig:
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     eval_batches: int | None = 64
     """Number of held-out batches per evaluation, from the start of the split; None: all."""
+    held_out: tuple[str, ...] = ()
+    """Further held-out text, each as NAME=DIRECTORY of a corpus: its validation split is scored at
+    every evaluation and recorded under its name."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step and the best evaluated step are always saved."""
     keep_checkpoints: int = 3

@@ -8,12 +8,14 @@ epochs, each a permutation of the windows. A process reads its own rows only, an
 from collections.abc import Iterator, Sequence
 
 import grain
+import jax
 import numpy as np
 from grain.experimental import index_shuffle
 
 from gqe_jax.config import DataConfig
 from gqe_jax.data.batch import Batch
 from gqe_jax.data.corpus import Split
+from gqe_jax.data.mixture import Mixture
 
 
 def num_windows(split: Split, sequence_length: int) -> int:
@@ -65,8 +67,65 @@ def read_windows(
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments)
 
 
+def mixed_windows(
+    mixture: Mixture,
+    step: int,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    sequence_length: int,
+    seed: int,
+) -> list[tuple[str, int]]:
+    """The corpus and the window of each row of a step."""
+    windows = {name: num_windows(split, sequence_length) for name, split in mixture.splits.items()}
+    placed = mixture.place(step, rows)
+    return [(name, _window(number, windows[name], seed)) for name, number in placed]
+
+
+def describe_rows(
+    mixture: Mixture, step: int, *, batch_size: int, sequence_length: int, seed: int
+) -> str:
+    """Names the windows of the batch of a step, for messages."""
+    placed = mixed_windows(
+        mixture, step, range(batch_size), sequence_length=sequence_length, seed=seed
+    )
+    parts = []
+    for name in dict.fromkeys(name for name, _ in placed):
+        windows = [window for corpus, window in placed if corpus == name]
+        shown = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
+        parts.append(f"windows {shown} of " + (f"{name}'s" if len(mixture.splits) > 1 else "the"))
+    return f"batch {step}: {'; '.join(parts)} train split"
+
+
+def progress(mixture: Mixture, step: int, *, sequence_length: int) -> dict[str, float]:
+    """Metrics of a mixture after `step` steps: each corpus's epochs, and share of all rows."""
+    if len(mixture.splits) == 1:
+        return {}
+    counts = mixture.counts(step)
+    total = max(sum(counts.values()), 1)
+    epochs = {
+        f"epoch/{name}": counts[name] / num_windows(split, sequence_length)
+        for name, split in mixture.splits.items()
+    }
+    return epochs | {f"share/{name}": count / total for name, count in counts.items()}
+
+
+def _read_mixed(
+    mixture: Mixture, placed: list[tuple[str, int]], sequence_length: int, document_masking: bool
+) -> Batch:
+    """The batch of these windows of corpora, whose rows keep their order."""
+    parts, order = [], []
+    for name, split in mixture.splits.items():
+        rows = [row for row, (corpus, _) in enumerate(placed) if corpus == name]
+        if rows:
+            windows = np.array([placed[row][1] for row in rows], np.int64)
+            parts.append(read_windows(split, windows, sequence_length, document_masking))
+            order += rows
+    back = np.argsort(order)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[back], *parts)
+
+
 def training_batches(
-    split: Split,
+    source: Split | Mixture,
     config: DataConfig,
     *,
     start: int,
@@ -77,11 +136,11 @@ def training_batches(
     seed: int,
 ) -> Iterator[Batch]:
     """Yields rows `rows` of the batches of steps `start` to `stop`, as NumPy arrays."""
-    windows = num_windows(split, sequence_length)
+    mixture = source if isinstance(source, Mixture) else Mixture.of(source, batch_size)
 
     def batch(step: int) -> Batch:
-        chosen = window_indices(step, rows, batch_size=batch_size, windows=windows, seed=seed)
-        return read_windows(split, chosen, sequence_length, config.document_masking)
+        placed = mixed_windows(mixture, step, rows, sequence_length=sequence_length, seed=seed)
+        return _read_mixed(mixture, placed, sequence_length, config.document_masking)
 
     return _ahead(grain.MapDataset.range(start, stop).map(batch), config)
 

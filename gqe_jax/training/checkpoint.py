@@ -22,6 +22,7 @@ from upath import UPath
 from gqe_jax import processes
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
+from gqe_jax.data.sources import other_history
 from gqe_jax.errors import UserError
 from gqe_jax.storage import explain, is_remote, location, write_whole
 from gqe_jax.training.integrity import measure
@@ -300,7 +301,11 @@ class Checkpoints:
             if corpus is not None or name.startswith("model.")
             if not (restart and name.startswith("optimizer.") and name not in _STATE_SHAPES)
         ]
-        if corpus not in (None, fingerprint):
+        main, now = (None if text is None else text.split()[0] for text in (corpus, fingerprint))
+        if corpus is not None and main == now:
+            if other := other_history((config, fingerprint), (saved, corpus), step):
+                fields.append(f"data.mixture: the checkpoint was trained on {other}")
+        elif corpus is not None:
             fields.append(
                 f"data.corpus {config.data.corpus!r} now has the fingerprint {fingerprint}, the "
                 f"checkpoint was trained on {corpus}"

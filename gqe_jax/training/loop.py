@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -18,10 +19,11 @@ from jax.sharding import Mesh
 from gqe_jax import processes, report
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import changes, differences, to_dict
-from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
-from gqe_jax.data.pipeline import held_out_tokens, num_windows
+from gqe_jax.data import Split, training_batches
+from gqe_jax.data.pipeline import describe_rows, held_out_tokens, progress
+from gqe_jax.data.sources import Sources, open_sources
 from gqe_jax.errors import UserError
-from gqe_jax.evaluation import evaluate
+from gqe_jax.evaluation import HeldOut, evaluate
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
@@ -77,13 +79,13 @@ class Interrupt:
         Terminal(sys.stderr).write(f"{name}: saving after this step; once more to exit now\n")
 
 
-def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
+def _check_agreement(config: RunConfig, sources: Sources) -> None:
     """Checks that all processes run the same configuration on the same tokens.
 
     Raises:
       ConfigError: this process's differ from those of process 0.
     """
-    ours = {"config": to_dict(config), "corpus": corpus.fingerprint}
+    ours = json.loads(json.dumps({"config": to_dict(config), "corpus": sources.fingerprint}))
     theirs = processes.from_first(ours)
     for name, value in theirs["config"].items():
         if ours["config"][name] != value:
@@ -121,16 +123,15 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
     checkpoint_directory(config.run_dir)  # refuses before anything is written
     mesh = make_mesh(config.mesh)
     check_divides(config, dict(mesh.shape))
-    corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)
-    corpus.check(vocab_size=config.model.vocab_size, sequence_length=config.sequence_length)
-    _check_agreement(config, corpus)
+    sources = open_sources(config)
+    _check_agreement(config, sources)
 
     with (
         Interrupt() as interrupt,
         RunLock(config.run_dir) as lock,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        start, changed, config = _find_start(config, checkpoints, corpus.fingerprint)
+        start, changed, config = _find_start(config, checkpoints, sources.fingerprint)
         steps = make_steps(
             config,
             mesh,
@@ -147,12 +148,12 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
         if "restarted_from" in changed:
             checkpoints.delete_after(start)
         with _telemetry(config, mesh, start, stream) as telemetry:
-            telemetry.say(_describe(config, corpus, steps, start))
+            telemetry.say(_describe(config, sources, steps, start))
             if changed:
                 telemetry.say(_describe_changes(start, changed))
                 telemetry.changed(start, changed)
             stop = processes.Vote(mesh, lambda: bool(interrupt))
-            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock)
+            loop = _Loop(config, sources, steps, checkpoints, telemetry, stop, lock)
             state = loop.run(state, start)
         if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
@@ -251,7 +252,7 @@ def _telemetry(
     )
 
 
-def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
+def _describe(config: RunConfig, sources: Sources, steps: Steps, start: int) -> str:
     attention = config.model.attention
     params = sum(x.size for x in jax.tree.leaves(steps.layout.abstract.params))
     device = steps.mesh.devices.flat[0].device_kind
@@ -260,7 +261,7 @@ def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> st
     return (
         f"{begins}: {attention.variant}, {params:,} parameters, "
         f"{attention.num_active_heads} active heads a token; {steps.mesh.size} x {device} "
-        f"({axes}); {len(corpus.train):,} tokens of {config.data.corpus}"
+        f"({axes}); {sources.describe()}"
     )
 
 
@@ -275,7 +276,7 @@ class _Loop:
     def __init__(
         self,
         config: RunConfig,
-        corpus: Corpus,
+        sources: Sources,
         steps: Steps,
         checkpoints: Checkpoints,
         telemetry: Telemetry | Silent,
@@ -283,7 +284,7 @@ class _Loop:
         lock: RunLock,
     ):
         self.lock = lock
-        self.config, self.corpus, self.steps = config, corpus, steps
+        self.config, self.sources, self.steps = config, sources, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
@@ -293,7 +294,10 @@ class _Loop:
         scores = {step: (loss, text) for step, loss, text in processes.from_first(scored)}
         checkpoints.record(scores)
         self.eval_tokens = held_out_tokens(
-            corpus.validation, config.batch_size, config.sequence_length, config.eval_batches
+            sources.main.validation,
+            config.batch_size,
+            config.sequence_length,
+            config.eval_batches,
         )
         self.eval_loss = {
             step: loss for step, (loss, text) in scores.items() if text == self.eval_tokens
@@ -309,7 +313,7 @@ class _Loop:
     def run(self, state: TrainState, step: int) -> TrainState:
         config = self.config
         batches = training_batches(
-            self.corpus.train,
+            self.sources.mixture,
             config.data,
             start=step,
             stop=config.steps,
@@ -358,27 +362,27 @@ class _Loop:
             if step % self.config.log_every == 0 or step in (1, self.config.steps):
                 fetched = jax.device_get(metrics)
                 record = {k: v if v.ndim else float(v) for k, v in fetched.items()}
-                tokens = self.config.batch_size * self.config.sequence_length
+                length = self.config.sequence_length
+                record |= progress(self.sources.mixture, step, sequence_length=length)
+                tokens = self.config.batch_size * length
                 self.telemetry.training(step, record, tokens)
 
     def _non_finite(self, step: int, problem: str) -> str:
         config = self.config
-        windows = window_indices(
+        batch = describe_rows(
+            self.sources.mixture,
             step - 1,
-            slice(None),
             batch_size=config.batch_size,
-            windows=num_windows(self.corpus.train, config.sequence_length),
+            sequence_length=config.sequence_length,
             seed=config.seed,
         )
         good = self.checkpoints.latest()
         saved = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
         lower = f"a lower optimizer.peak_learning_rate than {config.optimizer.peak_learning_rate}"
         restart = lower if good is None else f"--resume-step {good} and {lower}"
-        shown = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         return (
-            f"{problem} at step {step} (batch {step - 1}: windows {shown} of the train "
-            f"split); {saved} in {self.checkpoints.directory}. Resuming repeats the same batches: "
-            f"restart with {restart}, or inspect these windows"
+            f"{problem} at step {step} ({batch}); {saved} in {self.checkpoints.directory}. "
+            f"Resuming repeats the same batches: restart with {restart}, or inspect these windows"
         )
 
     def evaluate(self, state: TrainState, step: int) -> bool:
@@ -390,32 +394,37 @@ class _Loop:
         self.log_pending()
         if step not in self.eval_loss:
             begun = time.perf_counter()
-            result = evaluate(
-                self.steps,
-                state.params,
-                self.corpus.validation,
-                self.config.data,
-                batch_size=self.config.batch_size,
-                sequence_length=self.config.sequence_length,
-                limit=self.config.eval_batches,
-                stop=self.stop,
-            )
-            if result is None:
+            result = self.score(state, self.sources.main.validation)
+            others = {name: self.score(state, x) for name, x in self.sources.held_out.items()}
+            if result is None or None in others.values():
                 return False
             if math.isfinite(result.loss):
                 self.eval_loss[step] = result.loss
+            named = {"": result} | {f"/{name}": other for name, other in others.items()}
             self.telemetry.evaluation(
                 step,
                 {
-                    "eval_loss": result.loss,
-                    "eval_perplexity": result.perplexity,
-                    "eval_bits_per_byte": result.bits_per_byte,
-                    "eval_tokens": result.tokens,
+                    f"eval_{field}{name}": getattr(scores, field)
+                    for name, scores in named.items()
+                    for field in ("loss", "perplexity", "bits_per_byte", "tokens")
                 },
             )
             self.telemetry.outside(time.perf_counter() - begun)
         lowest = min(self.eval_loss.values(), default=math.nan)
         return self.eval_loss.get(step, math.inf) <= lowest
+
+    def score(self, state: TrainState, split: Split) -> HeldOut | None:
+        """The scores of a split, or None where a signal came before the end."""
+        return evaluate(
+            self.steps,
+            state.params,
+            split,
+            self.config.data,
+            batch_size=self.config.batch_size,
+            sequence_length=self.config.sequence_length,
+            limit=self.config.eval_batches,
+            stop=self.stop,
+        )
 
     def save(self, state: TrainState, step: int) -> None:
         """Checkpoints the state, after checking that it and the loss are finite."""
@@ -430,7 +439,7 @@ class _Loop:
         self.telemetry.sync()
         try:
             self.checkpoints.save(
-                state, self.config, self.corpus.fingerprint, loss, self.eval_tokens
+                state, self.config, self.sources.fingerprint, loss, self.eval_tokens
             )
         except NonFiniteStateError as error:
             raise NonFiniteLossError(self._non_finite(step, str(error))) from None

@@ -77,46 +77,21 @@ def zclip(
     return optax.GradientTransformation(init, update)
 
 
-def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, a plateau, and linear decay to the floor at the last step.
-
-    It has `config.schedule_steps` steps, by default `steps`. A phase whose fraction is not 0 has at
-    least one step. If the schedule is too short for all, the warm-up goes first, then the decay:
-    two steps are the peak and the floor, a single one is the peak.
-    """
-    steps = config.schedule_steps or steps
-    decay = round(config.decay_fraction * steps)
-    decay = min(max(decay, 1), steps - 1) if config.decay_fraction else 0
-    warmup = round(config.warmup_fraction * steps)
-    warmup = min(max(warmup, 1), steps - 1 - decay) if config.warmup_fraction else 0
-    peak = config.peak_learning_rate
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, config.final_learning_rate, decay),
-        ],
-        [warmup, steps - 1 - decay],
-    )
-
-
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The schedule that `config.schedule` names: `warmup_stable_decay`, or one without a plateau.
+    """Linear warm-up from 0, a plateau if the schedule is `wsd`, and decay to the floor.
 
-    `cosine` and `linear` have the same warm-up, and fall from the peak to the floor over all steps
-    after it. A schedule of one step is the peak.
+    The phases are those of `config.phases(steps)`; the last step of the schedule has the floor.
     """
-    if config.schedule == "wsd":
-        return warmup_stable_decay(config, steps)
-    steps = config.schedule_steps or steps
-    warmup = round(config.warmup_fraction * steps)
-    warmup = min(max(warmup, 1), max(steps - 2, 0)) if config.warmup_fraction else 0
-    peak, floor, decay = config.peak_learning_rate, config.final_learning_rate, steps - 1 - warmup
+    warmup, decay, length = config.phases(steps)
+    peak, floor = config.peak_learning_rate, config.final_learning_rate
     if config.schedule == "cosine" and decay > 0:
         falling = optax.cosine_decay_schedule(peak, decay, alpha=floor / peak)
     else:
         falling = optax.linear_schedule(peak, floor, decay)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falling], [warmup])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), falling],
+        [warmup, length - 1 - decay],
+    )
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

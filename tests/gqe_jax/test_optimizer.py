@@ -16,7 +16,6 @@ from gqe_jax.training.optimizer import (
     gradient_norms,
     learning_rate_schedule,
     make_optimizer,
-    warmup_stable_decay,
     zclip,
 )
 
@@ -68,7 +67,7 @@ def test_a_spike_hardly_moves_the_running_mean():
 
 def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
     config = OptimizerConfig(peak_learning_rate=5e-4, final_learning_rate=1e-5)
-    schedule = warmup_stable_decay(config, 100)
+    schedule = learning_rate_schedule(config, 100)
     rates = [float(schedule(step)) for step in range(100)]
     assert rates[0] == 0.0
     assert rates[5] == pytest.approx(2.5e-4)
@@ -92,7 +91,7 @@ def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
 def test_a_short_schedule_has_its_warmup_peak_and_floor(steps, expected):
     config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
     rates = {"peak": 3e-3, "half": 2e-3, "floor": 1e-3}
-    schedule = warmup_stable_decay(config, steps)
+    schedule = learning_rate_schedule(config, steps)
     found = [float(schedule(step)) for step in range(steps)]
     assert found == pytest.approx([rates.get(name, name) for name in expected])
 
@@ -100,7 +99,7 @@ def test_a_short_schedule_has_its_warmup_peak_and_floor(steps, expected):
 @pytest.mark.parametrize("steps", range(3, 11))
 def test_every_schedule_from_three_steps_on_has_all_phases(steps):
     config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
-    rates = [float(warmup_stable_decay(config, steps)(step)) for step in range(steps)]
+    rates = [float(learning_rate_schedule(config, steps)(step)) for step in range(steps)]
     assert rates[0] == 0.0
     assert max(rates) == pytest.approx(3e-3)
     assert rates[-1] == pytest.approx(1e-3)
@@ -109,8 +108,8 @@ def test_every_schedule_from_three_steps_on_has_all_phases(steps):
 def test_the_schedule_has_a_length_of_its_own():
     config = OptimizerConfig(schedule_steps=20)
     alone, longer = (
-        warmup_stable_decay(OptimizerConfig(), 20),
-        warmup_stable_decay(config, 100),
+        learning_rate_schedule(OptimizerConfig(), 20),
+        learning_rate_schedule(config, 100),
     )
     assert [float(longer(step)) for step in range(20)] == [float(alone(step)) for step in range(20)]
     np.testing.assert_allclose([longer(step) for step in range(20, 100)], 1e-5, rtol=1e-5)
