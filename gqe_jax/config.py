@@ -275,6 +275,12 @@ class OptimizerConfig:
     """Steps whose norms initialise ZClip's mean and variance."""
     clip_cap: float = 1.0
     """Upper bound of the gradient norm."""
+    skip_spikes: float | None = None
+    """Skip a step whose loss or gradient norm is not finite, or exceeds its running mean by so many
+    standard deviations, such as 8: the state stays as it was. None: no step is skipped."""
+    average_decay: float | None = None
+    """Decay of an exponential average of the parameters, such as 0.999, which is evaluated and
+    exported in their place; None: no average."""
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
@@ -304,6 +310,11 @@ class OptimizerConfig:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
         _check_choice(self, "first_moment_dtype", Dtype)
+        if self.skip_spikes is not None:
+            _check_positive(self, "skip_spikes")
+        if self.average_decay is not None:
+            fits = 0 < self.average_decay < 1
+            _check(self, "average_decay", fits, "it must be between 0 and 1, or None")
         if self.schedule_steps is not None:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
@@ -421,6 +432,9 @@ class RunConfig:
     every evaluation and recorded under its name."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step and the best evaluated step are always saved."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which a checkpoint is saved too, by the clock of the first process; None: only
+    every `checkpoint_every` steps."""
     keep_checkpoints: int = 3
     """Number of latest checkpoints to keep, besides the one with the lowest held-out loss."""
 
@@ -432,6 +446,8 @@ class RunConfig:
         _check(self, "seed", fits, "it must be between 0 and 2**63 - 1")
         if self.resume_step is not None:
             _check_not_negative(self, "resume_step")
+        if self.checkpoint_minutes is not None:
+            _check_positive(self, "checkpoint_minutes")
         check_kernel(self)
         if self.eval_batches is not None and self.eval_batches <= 0:
             raise ConfigError(

@@ -17,7 +17,7 @@ from gqe_jax.config import ConfigError, RunConfig
 # corpus is compared, not where it lies; so are the mixtures of past steps (`data.sources`).
 RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches", "resume_step")
 RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
-RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
+RESUMABLE += ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("optimizer.shard_state_over_data",)
 RESUMABLE += ("data.mixture", "data.decay_mixture", "held_out")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")

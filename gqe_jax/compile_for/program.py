@@ -118,9 +118,10 @@ def compile_step(config: RunConfig, topology: Topology, step: Step = "train") ->
         within = _largest_of_program(program)
         todo = remedies(config, dict(mesh.shape), step)
         raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo))
+    kept = abstract.opt_state, abstract.average
     memory = Memory(
         parameters=sum(size for _, size in _shards(abstract.params)),
-        optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
+        optimizer=sum(size for _, size in _shards(kept)) if step == "train" else 0,
         temporaries=stats.temp_size_in_bytes,
         peak=peak,
         largest=tuple(_largest_of_program(program)),

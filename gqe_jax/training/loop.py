@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from gqe_jax import processes, report
@@ -34,11 +35,14 @@ from gqe_jax.training.checkpoint import (
     NonFiniteStateError,
     checkpoint_directory,
 )
+from gqe_jax.training.ending import describe_end
 from gqe_jax.training.lock import RunLock
 from gqe_jax.training.optimizer import learning_rate_schedule
+from gqe_jax.training.spikes import MOST_IN_A_ROW
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
 from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
+from gqe_jax.training.timer import Timer
 
 
 class NonFiniteLossError(UserError, RuntimeError):
@@ -145,6 +149,8 @@ def train(config: RunConfig, *, stream: Stream | None = None) -> TrainState:
             state = layout.begin(checkpoints.restore_params(0, layout.abstract.params))
         else:
             state = checkpoints.restore(start, layout.abstract)
+            if jax.tree.structure(state) != jax.tree.structure(layout.abstract):
+                state = layout.complete(state)
         if "restarted_from" in changed:
             checkpoints.delete_after(start)
         with _telemetry(config, mesh, start, stream) as telemetry:
@@ -287,6 +293,7 @@ class _Loop:
         self.config, self.sources, self.steps = config, sources, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
+        self.timer = Timer(steps.mesh, config.checkpoint_minutes)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         # Only one host fetches the file from a bucket.
         lines = read_metrics(config.run_dir) if processes.is_first() else []
@@ -328,10 +335,11 @@ class _Loop:
             if last or (step and step % config.eval_every == 0):
                 best = self.evaluate(state, step)
                 unscored = step not in self.eval_loss
-            due = step and step % config.checkpoint_every == 0
+            due = self.timer() | (step % config.checkpoint_every == 0) and step > 0
             stop = self.stop()
             if last or best or due or stop:
                 self.save(state, step)
+                self.timer.reset()
             if last or stop:
                 break
             batch = global_batch(self.batch_sharding, config.batch_size, next(batches))
@@ -347,6 +355,11 @@ class _Loop:
                 f"stopped at step {step}, the last, before its evaluation was done; the same "
                 "command evaluates it"
             )
+        bits = None
+        if self.eval_loss:
+            loss = self.eval_loss[max(self.eval_loss)]
+            bits = HeldOut.of(loss, 1.0, self.sources.main.validation).bits_per_byte
+        self.telemetry.say(describe_end(config, step, self.eval_loss, bits))
         return state
 
     def log_pending(self, keep: int = 0) -> None:
@@ -356,6 +369,9 @@ class _Loop:
         """
         while len(self.pending) > keep:
             step, metrics = self.pending.popleft()
+            if skipped := int(metrics.get("skipped_in_a_row", 0)):
+                self.skip(step, metrics, skipped)
+                continue
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(value := float(metrics[name])):
                     raise NonFiniteLossError(self._non_finite(step, f"{name} is {value}"))
@@ -367,15 +383,28 @@ class _Loop:
                 tokens = self.config.batch_size * length
                 self.telemetry.training(step, record, tokens)
 
-    def _non_finite(self, step: int, problem: str) -> str:
+    def skip(self, step: int, metrics: dict[str, Any], in_a_row: int) -> None:
+        """Reports a step that was skipped, or ends the run if there were too many in a row."""
+        found = ", ".join(f"{name} {float(metrics[name]):.4g}" for name in ("loss", "grad_norm"))
+        if in_a_row >= MOST_IN_A_ROW:
+            problem = f"{in_a_row} steps in a row were skipped, the last with {found},"
+            raise NonFiniteLossError(self._non_finite(step, problem))
+        self.telemetry.say(f"step {step} is skipped: {found}; {self._batch(step)}")
+        self.telemetry.changed(step, {"skipped_batch": step - 1, "skipped_in_a_row": in_a_row})
+
+    def _batch(self, step: int) -> str:
         config = self.config
-        batch = describe_rows(
+        return describe_rows(
             self.sources.mixture,
             step - 1,
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
             seed=config.seed,
         )
+
+    def _non_finite(self, step: int, problem: str) -> str:
+        config = self.config
+        batch = self._batch(step)
         good = self.checkpoints.latest()
         saved = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
         lower = f"a lower optimizer.peak_learning_rate than {config.optimizer.peak_learning_rate}"
@@ -394,8 +423,9 @@ class _Loop:
         self.log_pending()
         if step not in self.eval_loss:
             begun = time.perf_counter()
-            result = self.score(state, self.sources.main.validation)
-            others = {name: self.score(state, x) for name, x in self.sources.held_out.items()}
+            params = self.steps.weights(state)
+            result = self.score(params, self.sources.main.validation)
+            others = {name: self.score(params, x) for name, x in self.sources.held_out.items()}
             if result is None or None in others.values():
                 return False
             if math.isfinite(result.loss):
@@ -413,11 +443,11 @@ class _Loop:
         lowest = min(self.eval_loss.values(), default=math.nan)
         return self.eval_loss.get(step, math.inf) <= lowest
 
-    def score(self, state: TrainState, split: Split) -> HeldOut | None:
+    def score(self, params: nnx.State, split: Split) -> HeldOut | None:
         """The scores of a split, or None where a signal came before the end."""
         return evaluate(
             self.steps,
-            state.params,
+            params,
             split,
             self.config.data,
             batch_size=self.config.batch_size,
