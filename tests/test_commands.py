@@ -13,6 +13,7 @@ import pytest
 from configs import CONFIGS
 from gqe_jax.commands import parse
 from gqe_jax.config import DataConfig
+from gqe_jax.data.chat import ChatConfig
 from gqe_jax.data.mixture import plans
 from gqe_jax.runs import write_config
 
@@ -22,6 +23,7 @@ TRAIN = (REPOSITORY / "docs" / "train.md").read_text()
 TRAINING_COMMANDS = re.findall(
     r"^python train\.py (\w+(?:/\w+)?)((?: \S+)* --\S+.*)$", TRAIN, re.MULTILINE
 )
+CHAT_COMMANDS = re.findall(r"^python -m gqe_jax\.data\.chat (.*)$", TRAIN, re.MULTILINE)
 INTEROP_COMMANDS = re.findall(r"^python -m gqe_jax\.interop\..*$", WEIGHTS, re.MULTILINE)
 
 
@@ -81,6 +83,13 @@ def test_the_documented_commands_for_training_take_their_flags(name, flags):
         return
     config = parse(CONFIGS.get(name, CONFIGS["gqe_250m"]), flags, prog="train.py", description="")
     plans(config)
+
+
+def test_the_documented_command_for_conversations_takes_its_flags():
+    [flags] = CHAT_COMMANDS
+    assert (
+        parse(ChatConfig, shlex.split(flags), prog="chat", description="").sequence_length == 2048
+    )
 
 
 def test_every_field_is_a_documented_flag():

@@ -16,6 +16,7 @@ from gqe_jax.config import DataConfig
 from gqe_jax.data.batch import Batch
 from gqe_jax.data.corpus import Split
 from gqe_jax.data.mixture import Mixture
+from gqe_jax.data.shards import ANSWER, FIRST
 
 
 def num_windows(split: Split, sequence_length: int) -> int:
@@ -52,6 +53,7 @@ def read_windows(
     """The batch of these windows; positions past the end of the split are padding.
 
     With document masking, the documents of a window are segments 1, 2, …; padding is segment 0.
+    Conversations always are, and only their answers have a weight.
     """
     tokens = np.zeros((len(windows), sequence_length + 1), np.int32)
     weights = np.zeros((len(windows), sequence_length), np.float32)
@@ -59,6 +61,14 @@ def read_windows(
     for row, read in enumerate(rows):
         tokens[row, : len(read)] = read
         weights[row, : max(len(read) - 1, 0)] = 1.0
+    if split.is_marked:
+        marks = np.zeros(tokens.shape, np.uint8)
+        for row, read in enumerate(split.read_marks(windows * sequence_length, tokens.shape[1])):
+            marks[row, : len(read)] = read
+        begun = np.cumsum(marks[:, :-1] & FIRST > 0, axis=1, dtype=np.int32)
+        segments = np.where(weights > 0, begun, 0).astype(np.int32)
+        weights = np.where(marks[:, 1:] & ANSWER, weights, 0.0).astype(np.float32)
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments)
     segments = None
     if document_masking:
         ends = np.cumsum(tokens[:, :-1] == split.end_of_document, axis=1, dtype=np.int32)
@@ -150,7 +160,10 @@ def held_out_tokens(
 ) -> int:
     """The number of tokens that `evaluation_batches` predicts."""
     tokens = max(len(split) - 1, 0)
-    return tokens if limit is None else min(tokens, limit * batch_size * sequence_length)
+    tokens = tokens if limit is None else min(tokens, limit * batch_size * sequence_length)
+    if not split.is_marked:
+        return tokens
+    return int(np.count_nonzero(split.read_marks([1], tokens)[0] & ANSWER))
 
 
 def evaluation_batches(

@@ -51,6 +51,11 @@ def open_sources(config: RunConfig) -> Sources:
         corpus = open_corpus(directory, verify=config.data.verify_checksums)
         corpus.check(vocab_size=config.model.vocab_size, sequence_length=config.sequence_length)
         opened[directory] = corpus
+        if corpus.manifest.sequence_length is not None and not config.data.document_masking:
+            raise ConfigError(
+                f"data.document_masking is False; {directory} has conversations, several in a "
+                "window: give --data.document-masking True"
+            )
     main = opened[config.data.corpus]
     for directory, corpus in opened.items():
         if problem := _other_tokenizer(main, corpus):
