@@ -30,7 +30,7 @@ class EvalConfig:
     batch_size: int | None = None
     """Sequences per batch, over all devices; None: the run's on held-out text, 32 on tasks."""
     averaged: bool = True
-    """Score the average of the parameters, where the run keeps one."""
+    """Held-out text: score the average of the parameters, where the run keeps one."""
     split: Literal["train", "validation"] = "validation"
     """Held-out text: the split to score."""
     batches: int | None = None
