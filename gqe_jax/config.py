@@ -14,6 +14,8 @@ Variant = Literal["gqe", "hard_concat", "weighted_concat", "gqa"]
 SharedKV = Literal["mean", "group_0", "own"]
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["wsd", "cosine", "linear"]
 Remat = Literal["keep_everything", "keep_dots", "keep_attention", "offload", "keep_nothing"]
 LibtpuFlags = Literal["default", "overlap"]
 MAX_SIZE = (1 << 31) - 1
@@ -211,7 +213,13 @@ class DataConfig:
 
     corpus: str = "stdlib"
     """`stdlib` (the Python standard library's source, bytes as tokens) or a directory written by
-    `python -m gqe_jax.data.prepare`."""
+    `python -m gqe_jax.data.prepare`. With a mixture it gives the tokenizer and the held-out text
+    by which checkpoints are compared; its training text is read only if the mixture names it."""
+    mixture: tuple[str, ...] = ()
+    """Corpora to train on and their shares of the sequences, each as NAME=DIRECTORY:WEIGHT; none:
+    `corpus` alone."""
+    decay_mixture: tuple[str, ...] = ()
+    """The mixture of the decay phase of the schedule `wsd`; none: that of the steps before."""
     document_masking: bool = False
     """Restrict attention to documents: each document of a window is a segment."""
     verify_checksums: bool = True
@@ -228,10 +236,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up-stable-decay schedule, ZClip, and the weights of the losses."""
+    """The optimizer, its schedule, ZClip, and the weights of the losses."""
 
+    name: OptimizerName = "adamw"
+    """`adamw`, or `muon` (arXiv 2502.16982) for the matrices of attention and MLP and AdamW for the
+    embeddings, the router and the norms; both take the same learning rates and weight decay."""
+    schedule: Schedule = "wsd"
+    """Learning rate after the warm-up: constant, then linear to the floor over `decay_fraction`
+    (`wsd`), or to the floor along half a cosine (`cosine`) or a line (`linear`) at once."""
     peak_learning_rate: float = 5e-4
-    """Learning rate of the stable phase."""
+    """Learning rate after the warm-up."""
     final_learning_rate: float = 1e-5
     """Learning rate at the last step of the schedule."""
     schedule_steps: int | None = None
@@ -240,7 +254,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.1
     """Fraction of the schedule with linear warm-up from 0 (the paper: 3B of 30B tokens)."""
     decay_fraction: float = 0.2
-    """Fraction of the schedule, at its end, with linear decay; the paper does not give its
+    """wsd: fraction of the schedule, at its end, with linear decay; the paper does not give its
     value."""
     beta1: float = 0.9
     beta2: float = 0.95
@@ -262,6 +276,12 @@ class OptimizerConfig:
     """Steps whose norms initialise ZClip's mean and variance."""
     clip_cap: float = 1.0
     """Upper bound of the gradient norm."""
+    skip_spikes: float | None = None
+    """Skip a step whose loss or gradient norm is not finite, or exceeds its running mean by so many
+    standard deviations, such as 8: the state stays as it was. None: no step is skipped."""
+    average_decay: float | None = None
+    """Decay of an exponential average of the parameters, such as 0.999, which is evaluated and
+    exported in their place; None: no average."""
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
@@ -272,15 +292,37 @@ class OptimizerConfig:
     """With a teacher: weight w of the KL divergence from its predictions; the cross-entropy has
     weight 1 - w."""
 
+    def phases(self, steps: int) -> tuple[int, int, int]:
+        """The steps of the warm-up, of the decay, and of the whole schedule, by default `steps`.
+
+        A phase of the schedule `wsd` whose fraction is not 0 has at least one step. If the schedule
+        is too short for all, the warm-up goes first, then the decay: two steps are the peak and the
+        floor, a single one is the peak. The other schedules have no plateau.
+        """
+        length = self.schedule_steps or steps
+        decay = round(self.decay_fraction * length)
+        decay = min(max(decay, 1), length - 1) if self.decay_fraction else 0
+        reserved = decay if self.schedule == "wsd" else min(1, length - 1)
+        warmup = round(self.warmup_fraction * length)
+        warmup = min(max(warmup, 1), length - 1 - reserved) if self.warmup_fraction else 0
+        return warmup, decay if self.schedule == "wsd" else length - 1 - warmup, length
+
     def __post_init__(self) -> None:
         _check_positive(self, "peak_learning_rate", "epsilon", "zclip_warmup_steps", "clip_cap")
         _check_positive(self, "zclip_threshold")
         _check_choice(self, "first_moment_dtype", Dtype)
+        if self.skip_spikes is not None:
+            _check_positive(self, "skip_spikes")
+        if self.average_decay is not None:
+            fits = 0 < self.average_decay < 1
+            _check(self, "average_decay", fits, "it must be between 0 and 1, or None")
         if self.schedule_steps is not None:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
-        fits = self.warmup_fraction + self.decay_fraction <= 1
+        _check_choice(self, "name", OptimizerName)
+        _check_choice(self, "schedule", Schedule)
+        fits = self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1
         remedy = f"with decay_fraction ({self.decay_fraction}) it must not exceed 1"
         _check(self, "warmup_fraction", fits, remedy)
         fits = 0 <= self.final_learning_rate <= self.peak_learning_rate
@@ -404,8 +446,14 @@ class RunConfig:
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     eval_batches: int | None = 64
     """Number of held-out batches per evaluation, from the start of the split; None: all."""
+    held_out: tuple[str, ...] = ()
+    """Further held-out text, each as NAME=DIRECTORY of a corpus: its validation split is scored at
+    every evaluation and recorded under its name."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step and the best evaluated step are always saved."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which a checkpoint is saved too, by the clock of the first process; None: only
+    every `checkpoint_every` steps."""
     keep_checkpoints: int = 3
     """Number of latest checkpoints to keep, besides the one with the lowest held-out loss."""
     profile: ProfileConfig = ProfileConfig()
@@ -444,6 +492,8 @@ class RunConfig:
         _check(self, "seed", fits, "it must be between 0 and 2**63 - 1")
         if self.resume_step is not None:
             _check_not_negative(self, "resume_step")
+        if self.checkpoint_minutes is not None:
+            _check_positive(self, "checkpoint_minutes")
         check_kernel(self)
         if self.eval_batches is not None and self.eval_batches <= 0:
             raise ConfigError(

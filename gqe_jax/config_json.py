@@ -14,13 +14,14 @@ from gqe_jax.config import ConfigError, RunConfig
 
 # Fields that may change when a run resumes: those on which the past steps do not depend. After a
 # change of `steps` the run continues on the schedule of the new length. The fingerprint of the
-# corpus is compared, not where it lies.
+# corpus is compared, not where it lies; so are the mixtures of past steps (`data.sources`).
 RESUMABLE = ("steps", "mesh", "run_dir", "log_every", "eval_every", "eval_batches", "resume_step")
 RESUMABLE += ("model.remat", "accumulation_steps", "data.corpus", "optimizer.schedule_steps")
-RESUMABLE += ("checkpoint_every", "keep_checkpoints", "attention_kernel")
+RESUMABLE += ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "attention_kernel")
 RESUMABLE += ("optimizer.shard_state_over_data",)
 RESUMABLE += ("profile", "watchdog_seconds", "watchdog_exit", "compilation_cache", "compiled")
 RESUMABLE += ("libtpu_flags", "wandb")
+RESUMABLE += ("data.mixture", "data.decay_mixture", "held_out")
 RESUMABLE += ("data.read_threads", "data.prefetch", "data.verify_checksums")
 
 

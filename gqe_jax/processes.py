@@ -197,7 +197,7 @@ class Vote:
     A single process gets its own flag at once. With several, a call starts a max-reduction of the
     flags over the mesh and returns the result of the previous call's reduction, which is done by
     then, so that no step waits for it. Every process must call equally often. Once the answer is
-    True it stays True.
+    True it stays True, until `reset`.
 
     Args:
       mesh: the mesh over the devices of all processes.
@@ -210,6 +210,10 @@ class Vote:
         self._pending: jax.Array | None = None
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def reset(self) -> None:
+        """Forgets the answer; all processes call it at the same point."""
+        self._agreed, self._pending = False, None
 
     def __call__(self) -> bool:
         if jax.process_count() == 1:

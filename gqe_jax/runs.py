@@ -9,7 +9,8 @@ Everything that reads a run follows these rules:
 - step: a number, `latest`, or `best`, which has the lowest held-out loss.
 - mesh: the one that the user named; else the run's own, where that fits the devices; else all
   devices share the batch.
-- parameters: read directly onto that mesh, whatever mesh wrote them.
+- parameters: read directly onto that mesh, whatever mesh wrote them; their average, where the run
+  keeps one (`optimizer.average_decay`).
 - tokenizer: the one that the user named; else `tokenizer.json` in the run's directory; else that of
   the corpus it was trained on.
 - attention kernel: held-out text is scored with the one that the user named; else with the run's
@@ -105,14 +106,23 @@ class Run:
     step: int
     config: RunConfig
     """The configuration it was trained with."""
+    averaged: bool = True
+    """Read the average of the parameters, where the checkpoint has one."""
 
     @classmethod
-    def find(cls, directory: str | os.PathLike, step: int | str = "latest") -> "Run":
+    def find(
+        cls,
+        directory: str | os.PathLike,
+        step: int | str = "latest",
+        *,
+        averaged: bool = True,
+    ) -> "Run":
         """Finds a checkpoint and reads its configuration.
 
         Args:
           directory: the run's, written by training or by an import.
           step: a number, `latest` or `best`.
+          averaged: read the average of the parameters, where the checkpoint has one.
 
         Raises:
           CheckpointError: there is no such checkpoint, or it cannot be read.
@@ -120,7 +130,7 @@ class Run:
         with Checkpoints(directory, read_only=True) as checkpoints:
             step = checkpoints.resolve(step)
             config, _ = checkpoints.read_run(step)
-        return cls(directory, step, config)
+        return cls(directory, step, config, averaged)
 
     def mesh(self, named: MeshConfig | None = None) -> MeshConfig:
         """Returns `named`; else the run's mesh where it fits the devices; else the default."""
@@ -147,7 +157,7 @@ class Run:
         """
         graphdef, abstract = lay_out_params(self.config.model, mesh)
         with Checkpoints(self.directory, read_only=True) as checkpoints:
-            return graphdef, checkpoints.restore_params(self.step, abstract)
+            return graphdef, checkpoints.restore_params(self.step, abstract, averaged=self.averaged)
 
     def model(self, mesh: Mesh) -> Transformer:
         """Reads the model onto a mesh; errors as of `load`."""

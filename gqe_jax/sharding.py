@@ -167,6 +167,8 @@ def shardings(tree: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
     def of(leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
+        if not jax.tree.leaves(leaf):  # a parameter that another part of the optimizer updates
+            return leaf
         axes = leaf.get_metadata().get("out_sharding") or (None,) * len(leaf.shape)
         spec = partition_spec(axes, leaf.shape, mesh)
         if over_data:

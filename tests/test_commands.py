@@ -4,17 +4,26 @@ import dataclasses
 import importlib
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from configs import CONFIGS
+from gqe_jax.commands import parse
 from gqe_jax.config import DataConfig
+from gqe_jax.data.chat import ChatConfig
+from gqe_jax.data.mixture import plans
 from gqe_jax.runs import write_config
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 WEIGHTS = (REPOSITORY / "docs" / "weights.md").read_text()
+TRAIN = (REPOSITORY / "docs" / "train.md").read_text()
+TRAINING_COMMANDS = re.findall(
+    r"^python train\.py (\w+(?:/\w+)?)((?: \S+)* --\S+.*)$", TRAIN, re.MULTILINE
+)
+CHAT_COMMANDS = re.findall(r"^python -m gqe_jax\.data\.chat (.*)$", TRAIN, re.MULTILINE)
 INTEROP_COMMANDS = re.findall(r"^python -m gqe_jax\.interop\..*$", WEIGHTS, re.MULTILINE)
 
 
@@ -65,6 +74,22 @@ def test_the_documented_commands_for_weights_take_their_flags(command, tmp_path,
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(SystemExit, match=rf"^error: \S*{arguments[0]}\b"):
         importlib.import_module(module).main()
+
+
+@pytest.mark.parametrize(("name", "flags"), TRAINING_COMMANDS)
+def test_the_documented_commands_for_training_take_their_flags(name, flags):
+    flags = shlex.split(flags.split("  #")[0])
+    if "--compile-for" in flags or "--help" in flags:
+        return
+    config = parse(CONFIGS.get(name, CONFIGS["gqe_250m"]), flags, prog="train.py", description="")
+    plans(config)
+
+
+def test_the_documented_command_for_conversations_takes_its_flags():
+    [flags] = CHAT_COMMANDS
+    assert (
+        parse(ChatConfig, shlex.split(flags), prog="chat", description="").sequence_length == 2048
+    )
 
 
 def test_every_field_is_a_documented_flag():

@@ -127,9 +127,10 @@ def compile_step(
         raise DoesNotFitError(_refusal(topology, lack, _shards(arguments), within, todo))
     if save is not None:
         executable.save(save, compiled, config, mesh)
+    kept = abstract.opt_state, abstract.average
     memory = Memory(
         parameters=sum(size for _, size in _shards(abstract.params)),
-        optimizer=sum(size for _, size in _shards(abstract.opt_state)) if step == "train" else 0,
+        optimizer=sum(size for _, size in _shards(kept)) if step == "train" else 0,
         temporaries=stats.temp_size_in_bytes,
         peak=peak,
         largest=tuple(_largest_of_program(program)),

@@ -15,6 +15,6 @@ class Batch:
     inputs: Int[Array | np.ndarray, "batch length"]
     targets: Int[Array | np.ndarray, "batch length"]
     weights: Float[Array | np.ndarray, "batch length"]
-    """1 for a target, 0 for padding."""
+    """1 for a target, 0 for padding and for what has no loss."""
     segment_ids: Int[Array | np.ndarray, "batch length"] | None = None
     """The document of each token, from 1; 0 for padding."""

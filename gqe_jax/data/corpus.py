@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 FORMAT = "gqe-jax token shards, version 1"
 SPLITS = ("train", "validation")
 PARTS = "parts"
+MARKS_SUFFIX = ".marks"
+"""Of the file beside a shard with a byte of marks for each token (`data.shards`)."""
 _DTYPES = ("<u2", "<u4")
 _OPEN_SHARDS = 64  # of each split; a process may open some hundred files
 
@@ -44,6 +46,8 @@ class ShardInfo:
     file: str
     num_tokens: int
     sha256: str
+    marks_sha256: str | None = None
+    """Checksum of the file of marks; None: every token has a loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,8 @@ class SplitInfo:
     num_bytes: int
     max_token: int
     shards: tuple[ShardInfo, ...]
+    num_answers: int | None = None
+    """Of conversations: the tokens that have a loss; `num_bytes` is then the text of these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Manifest:
     splits: dict[str, SplitInfo]
     document_prefix: tuple[int, ...] = ()
     """Tokens before the text of each document."""
+    sequence_length: int | None = None
+    """Of conversations: the window within which each is packed."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -199,8 +207,16 @@ def _make_locked(partial: pathlib.Path) -> int:
 def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Writes `manifest.json`."""
     content: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    if not manifest.document_prefix:  # as without the field, so that the fingerprint is the same
+    # As without the fields that a corpus does not need, so that its fingerprint is the same.
+    if not manifest.document_prefix:
         del content["document_prefix"]
+    if manifest.sequence_length is None:
+        del content["sequence_length"]
+    for split in content["splits"].values():
+        if split["num_answers"] is None:
+            del split["num_answers"]
+            for shard in split["shards"]:
+                del shard["marks_sha256"]
     write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
@@ -249,6 +265,9 @@ def _problem(manifest: Manifest) -> str | None:
         lengths = [shard.num_tokens for shard in split.shards]
         if min(lengths, default=0) < 0 or sum(lengths) != split.num_tokens:
             return f"splits.{name}.num_tokens is {split.num_tokens}; its shards' are {lengths[:8]}"
+        has_marks = {shard.marks_sha256 is not None for shard in split.shards}
+        if has_marks - {split.num_answers is not None and manifest.sequence_length is not None}:
+            return f"splits.{name}.num_answers is {split.num_answers}, unlike its shards"
         if not 0 <= split.max_token <= limit:
             return f"splits.{name}.max_token is {split.max_token}; {manifest.dtype} cannot hold it"
     return None
@@ -278,24 +297,26 @@ class Split:
         self._dtype = dtype = np.dtype(manifest.dtype)
         remote = is_remote(directory)
         self._store: Any = directory.fs if is_remote(directory) else None
-        self._shards: list[Any] = []  # arrays in memory maps, or paths in the object store
         sizes = file_sizes(directory)
-        for shard in info.shards:
-            path = directory / shard.file
-            expected = shard.num_tokens * dtype.itemsize
-            actual = sizes.get(shard.file)
+        files = [(x.file, x.num_tokens * dtype.itemsize, x.sha256) for x in info.shards]
+        if info.num_answers is not None:
+            files += [(x.file + MARKS_SUFFIX, x.num_tokens, x.marks_sha256) for x in info.shards]
+        self._files: list[Any] = []  # paths, or keys of the object store: shards, then their marks
+        for file, expected, checksum in files:
+            path = directory / file
+            actual = sizes.get(file)
             if actual != expected:
                 state = "is missing" if actual is None else f"has {actual} bytes"
                 raise DataError(
                     f"shard {path} {state}, the manifest says {expected} bytes; copy or prepare "
                     "the corpus again"
                 )
-            if verify and not remote and sha256(path) != shard.sha256:
+            if verify and not remote and sha256(path) != checksum:
                 raise DataError(
                     f"shard {path} does not match its checksum in the manifest; copy or prepare "
                     "the corpus again"
                 )
-            self._shards.append(path.path if is_remote(path) else path)
+            self._files.append(path.path if is_remote(path) else path)
         self._map = functools.lru_cache(_OPEN_SHARDS)(self._open)
         self._starts = [0, *itertools.accumulate(shard.num_tokens for shard in info.shards)]
 
@@ -308,14 +329,28 @@ class Split:
 
     def read_many(self, starts: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
         """Reads `length` tokens from each start; from an object store concurrently."""
+        return self._read(starts, length, 0, self._dtype)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the text is of conversations, with a byte of marks for each token."""
+        return self.info.num_answers is not None
+
+    def read_marks(self, starts: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
+        """As `read_many`, the marks of the tokens."""
+        return self._read(starts, length, len(self.info.shards), np.dtype(np.uint8))
+
+    def _read(
+        self, starts: Sequence[int] | np.ndarray, length: int, first: int, dtype: np.dtype
+    ) -> list[np.ndarray]:
         pieces = [self._pieces(int(start), length) for start in starts]
-        read = iter(self._read_pieces(list(itertools.chain(*pieces))))
+        read = iter(self._read_pieces(list(itertools.chain(*pieces)), first, dtype))
         rows = [list(itertools.islice(read, len(piece))) for piece in pieces]
         empty = np.zeros(0, np.int32)
         return [np.concatenate(row, dtype=np.int32) if row else empty for row in rows]
 
-    def _open(self, index: int) -> np.ndarray:
-        return np.memmap(self._shards[index], self._dtype, mode="r")
+    def _open(self, index: int, dtype: np.dtype) -> np.ndarray:
+        return np.memmap(self._files[index], dtype, mode="r")
 
     def _pieces(self, start: int, length: int) -> list[tuple[int, int, int]]:
         """(shard number, start, stop within the shard) for each shard that the range touches."""
@@ -328,15 +363,17 @@ class Split:
             start, index = end, index + 1
         return pieces
 
-    def _read_pieces(self, pieces: list[tuple[int, int, int]]) -> list[np.ndarray]:
+    def _read_pieces(
+        self, pieces: list[tuple[int, int, int]], first: int, dtype: np.dtype
+    ) -> list[np.ndarray]:
+        """Reads the pieces, whose shards' files are those from `first` on."""
         if self._store is None:
             # A copy, so that no more shards stay open than the cache holds.
-            return [np.array(self._map(index)[start:stop]) for index, start, stop in pieces]
-        paths = [self._shards[index] for index, _, _ in pieces]
-        size = self._dtype.itemsize
-        starts, stops = ([size * piece[i] for piece in pieces] for i in (1, 2))
+            return [np.array(self._map(first + i, dtype)[start:stop]) for i, start, stop in pieces]
+        paths = [self._files[first + index] for index, _, _ in pieces]
+        starts, stops = ([dtype.itemsize * piece[i] for piece in pieces] for i in (1, 2))
         found = self._store.cat_ranges(paths, starts, stops, on_error="raise")
-        return [np.frombuffer(data, self._dtype) for data in found]
+        return [np.frombuffer(data, dtype) for data in found]
 
 
 def corpus_tokenizer(
@@ -394,6 +431,12 @@ class Corpus:
         Raises:
           DataError: a token id exceeds the vocabulary, or a split is shorter than one window.
         """
+        packed = self.manifest.sequence_length
+        if packed not in (None, sequence_length):
+            raise DataError(
+                f"sequence_length is {sequence_length}; the conversations of {self.directory} are "
+                f"packed into windows of {packed}: train with that, or prepare them again"
+            )
         for split in (self.train, self.validation):
             if split.info.max_token >= vocab_size:
                 raise DataError(

@@ -75,6 +75,26 @@ def read_documents(
         raise DataError(f"{path} cannot be read ({error})") from None
 
 
+def read_rows(path: Location) -> Iterator[tuple[str, Any]]:
+    """Yields the place and the value of each line of a file of JSON lines, also compressed.
+
+    Raises:
+      DataError: the file cannot be read, or a line is no JSON; names the file and the line.
+    """
+    packed = path.suffix.lower()
+    packed = packed if packed in _ARROW_COMPRESSION | _COMPRESSION else ""
+    number = 0
+    try:
+        for number, line in enumerate(_open(path, packed)[0], 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield f"{path}, line {number}", _parse(line)
+    except _BadRecord as error:
+        raise DataError(f"{path}, line {number}{error}") from None
+    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+
+
 class _BadRecord(Exception):
     """A record has no text; the message says why, and follows the record's place."""
 

@@ -93,7 +93,12 @@ def choose_split(text: str, validation_fraction: float) -> str:
     return "validation" if int.from_bytes(digest) < validation_fraction * 2.0**64 else "train"
 
 
-def _find_inputs(patterns: Iterable[str]) -> list[Location]:
+def find_inputs(patterns: Iterable[str]) -> list[Location]:
+    """The files of names and patterns.
+
+    Raises:
+      DataError: one matches no file.
+    """
     paths = []
     for pattern in patterns:
         files = find(pattern)
@@ -279,7 +284,7 @@ def prepare(
         exists or cannot be written, or a split is empty.
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-    paths = _find_inputs(config.input)
+    paths = find_inputs(config.input)
     tasks = _group(paths, task_bytes)
     total = sum(path.stat().st_size for path in paths)
     key = _key(config, tasks, tokenizer)

@@ -8,11 +8,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from gqe_jax.data.corpus import SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
+from gqe_jax.data.corpus import MARKS_SUFFIX, SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, is_remote
 
+ANSWER, FIRST = np.uint8(1), np.uint8(2)
+"""Marks of a token: it has a loss; it is the first of its document."""
 _ENCODE_BYTES = 1 << 20  # text per call of the tokenizer
 
 
@@ -26,9 +28,20 @@ class Document(NamedTuple):
 
 
 class ShardWriter:
-    """Writes one split's tokens to files of at most `shard_tokens` tokens."""
+    """Writes one split's tokens to files of at most `shard_tokens` tokens.
 
-    def __init__(self, directory: Location, prefix: str, dtype: np.dtype, shard_tokens: int):
+    If `marked`, each token has a byte of marks too, in a file beside its shard.
+    """
+
+    def __init__(
+        self,
+        directory: Location,
+        prefix: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        *,
+        marked: bool = False,
+    ):
         self._directory, self._prefix = directory, prefix
         self._dtype, self._shard_tokens = dtype, shard_tokens
         self._file: BinaryIO | None = None
@@ -36,18 +49,35 @@ class ShardWriter:
         self._shards: list[ShardInfo] = []
         self._documents = self._bytes = 0
         self._max_token = 0
+        self._answers = 0 if marked else None
+        self._marks: list[np.ndarray] = []  # of the open shard
 
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Appends a document of `num_bytes` UTF-8 bytes, whose last token is end-of-document.
+    def add(self, tokens: np.ndarray, num_bytes: int, marks: np.ndarray | None = None) -> None:
+        """Appends a document of `num_bytes` UTF-8 bytes.
+
+        Args:
+          tokens: the document; without marks the last one is end-of-document.
+          num_bytes: its size; with marks, that of its answers.
+          marks: of each token.
 
         Raises:
           DataError: a token does not fit the shards' dtype.
         """
+        self._documents += 1
+        self._bytes += num_bytes
+        self._append(tokens, marks)
+
+    def pad(self, count: int, token: int) -> None:
+        """Appends padding: a document of its own that has no loss."""
+        marks = np.zeros(count, np.uint8)
+        marks[:1] = FIRST
+        if count:
+            self._append(np.full(count, token, np.uint32), marks)
+
+    def _append(self, tokens: np.ndarray, marks: np.ndarray | None) -> None:
         largest = int(tokens.max())
         if largest > np.iinfo(self._dtype).max:
             raise DataError(f"the tokenizer made the id {largest}; shards hold {self._dtype.name}")
-        self._documents += 1
-        self._bytes += num_bytes
         self._max_token = max(self._max_token, largest)
         tokens = tokens.astype(self._dtype)
         while len(tokens):
@@ -60,6 +90,10 @@ class ShardWriter:
             self._file.write(piece.tobytes())
             self._hash.update(piece.tobytes())
             self._room -= len(piece)
+            if marks is not None and self._answers is not None:
+                self._marks.append(marks[: len(piece)])
+                self._answers += int(np.count_nonzero(marks[: len(piece)] & ANSWER))
+                marks = marks[len(piece) :]
 
     def _finish_shard(self) -> None:
         if self._file is None:
@@ -69,14 +103,26 @@ class ShardWriter:
             os.fsync(self._file.fileno())
         self._file.close()
         count = self._shard_tokens - self._room
-        self._shards.append(ShardInfo(self._name, count, self._hash.hexdigest()))
+        marks_sha256 = None
+        if self._answers is not None:
+            marks = np.concatenate(self._marks).tobytes()
+            (self._directory / (self._name + MARKS_SUFFIX)).write_bytes(marks)
+            marks_sha256, self._marks = hashlib.sha256(marks).hexdigest(), []
+        self._shards.append(ShardInfo(self._name, count, self._hash.hexdigest(), marks_sha256))
         self._file = None
 
     def close(self) -> SplitInfo:
         """Closes the last shard and returns the split's sizes and shards."""
         self._finish_shard()
         tokens = sum(shard.num_tokens for shard in self._shards)
-        return SplitInfo(tokens, self._documents, self._bytes, self._max_token, tuple(self._shards))
+        return SplitInfo(
+            tokens,
+            self._documents,
+            self._bytes,
+            self._max_token,
+            tuple(self._shards),
+            self._answers,
+        )
 
 
 def write_documents(

@@ -139,6 +139,13 @@ class FileTokenizer:
         finally:
             self._tokenizer.encode_special_tokens = False
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, as `encode_batch`, and the characters [first, end) of each."""
+        with library_errors(f"tokenizer {self._path} cannot encode a text", "correct it"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.asarray(encoding.ids, np.uint32), offsets
+
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str]) -> list[np.ndarray]:
         remedy = "correct it: it needs a token for unknown text, for example"
         with library_errors(f"tokenizer {self._path} cannot encode a text", remedy):

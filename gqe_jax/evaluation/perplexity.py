@@ -24,7 +24,8 @@ class HeldOut:
     """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float
-    """Bits per byte of UTF-8 text; BOS and end-of-document tokens add bits but no bytes."""
+    """Bits per byte of UTF-8 text; BOS and end-of-document tokens add bits but no bytes. Of
+    conversations, the text and the tokens are those of the answers."""
     tokens: int
     """Number of predicted tokens."""
 
@@ -32,7 +33,7 @@ class HeldOut:
     def of(cls, nats: float, tokens: float, split: Split) -> "HeldOut":
         """From the summed loss of `tokens` tokens of `split`, at its mean bytes per token."""
         loss = nats / tokens
-        bytes_per_token = split.info.num_bytes / split.info.num_tokens
+        bytes_per_token = split.info.num_bytes / (split.info.num_answers or split.info.num_tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return cls(loss, perplexity, loss / math.log(2) / bytes_per_token, round(tokens))
 

@@ -29,6 +29,8 @@ class EvalConfig:
     """The checkpoint; `best` has the lowest held-out loss in training."""
     batch_size: int | None = None
     """Sequences per batch, over all devices; None: the run's on held-out text, 32 on tasks."""
+    averaged: bool = True
+    """Held-out text: score the average of the parameters, where the run keeps one."""
     split: Literal["train", "validation"] = "validation"
     """Held-out text: the split to score."""
     batches: int | None = None
@@ -124,7 +126,7 @@ def evaluate_run(config: EvalConfig) -> RunEvaluation:
       DataError: the corpus does not fit the model.
     """
     [run_dir] = config.run_dirs
-    found = Run.find(run_dir, config.step)
+    found = Run.find(run_dir, config.step, averaged=config.averaged)
     run = dataclasses.replace(
         found.config,
         data=config.data,

@@ -45,6 +45,8 @@ class ExportConfig:
     """Directory to create."""
     step: int | Literal["latest", "best"] = "latest"
     """The checkpoint; `best` has the lowest held-out loss in training."""
+    averaged: bool = True
+    """Export the average of the parameters, where the run keeps one."""
     dtype: Dtype = "float32"
     """Dtype of the files; float32 is exact, bfloat16 is exact for weights imported in bfloat16."""
     max_position_embeddings: int | None = None
@@ -70,7 +72,7 @@ def export_weights(config: ExportConfig) -> None:
       WeightsError: the model has no counterpart in Hugging Face's layout.
       DataError: the output exists.
     """
-    found = Run.find(config.run_dir, config.step)
+    found = Run.find(config.run_dir, config.step, averaged=config.averaged)
     run, tokenizer = found.config, found.tokenizer_file()
     files = companions(location(config.run_dir))
     kept = json.loads(files.pop(IMPORTED_FILE, b"{}"))

@@ -22,6 +22,7 @@ from upath import UPath
 from gqe_jax import processes
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import differences, from_dict, to_dict
+from gqe_jax.data.sources import other_history
 from gqe_jax.errors import UserError
 from gqe_jax.storage import explain, is_remote, location, write_whole
 from gqe_jax.training.integrity import measure
@@ -30,8 +31,10 @@ from gqe_jax.training.state import TrainState
 DIRECTORY = "checkpoints"
 LOSS, TOKENS = "eval_loss", "eval_tokens"
 """Metrics of a checkpoint: the held-out loss, and the number of tokens that it was measured on."""
-_STATE_SHAPES = ("optimizer.zclip_warmup_steps",)
+_STATE_SHAPES = ("optimizer.zclip_warmup_steps", "optimizer.name")
 """Fields that shape the optimizer's state."""
+_OPTIONAL = ("average", "spikes")
+_ARRAYS = ("params", "training", *_OPTIONAL)
 Score = Mapping[str, float]
 
 
@@ -103,7 +106,8 @@ class Checkpoints:
     """The checkpoints below a run directory; use it as a context manager.
 
     A checkpoint has three items: `params`, `training` (step and optimizer state) and `run`
-    (configuration and the corpus's fingerprint, as JSON).
+    (configuration and the corpus's fingerprint, as JSON); and `average` and `spikes`, where the
+    state has them.
 
     Args:
       run_dir: the run's directory.
@@ -131,10 +135,9 @@ class Checkpoints:
         with self._writing(), self._opening():
             self._manager = _Manager(
                 self.directory,
-                item_names=("params", "training", "run"),
+                item_names=(*_ARRAYS, "run"),
                 item_handlers={
-                    "params": ocp.StandardCheckpointHandler(),
-                    "training": ocp.StandardCheckpointHandler(),
+                    **{name: ocp.StandardCheckpointHandler() for name in _ARRAYS},
                     "run": ocp.JsonCheckpointHandler(),
                 },
                 options=options,
@@ -207,7 +210,7 @@ class Checkpoints:
           CheckpointError: this or the previous checkpoint cannot be written.
         """
         step = int(state.step)
-        items = {"params": state.params, "training": _training(state)}
+        items = _items(state)
         checksums, not_finite = measure(items)
         if not_finite:
             raise NonFiniteStateError(f"{not_finite[0]} has NaN or infinity")
@@ -300,7 +303,11 @@ class Checkpoints:
             if corpus is not None or name.startswith("model.")
             if not (restart and name.startswith("optimizer.") and name not in _STATE_SHAPES)
         ]
-        if corpus not in (None, fingerprint):
+        main, now = (None if text is None else text.split()[0] for text in (corpus, fingerprint))
+        if corpus is not None and main == now:
+            if other := other_history((config, fingerprint), (saved, corpus), step):
+                fields.append(f"data.mixture: the checkpoint was trained on {other}")
+        elif corpus is not None:
             fields.append(
                 f"data.corpus {config.data.corpus!r} now has the fingerprint {fingerprint}, the "
                 f"checkpoint was trained on {corpus}"
@@ -314,7 +321,7 @@ class Checkpoints:
             )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Reads the state after `step` steps.
+        """Reads the state after `step` steps, without what the checkpoint or `abstract` lacks.
 
         Args:
           step: the checkpoint's.
@@ -323,13 +330,28 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint is damaged or does not have these arrays.
         """
-        items = self._restore_checked(step, params=abstract.params, training=_training(abstract))
-        training = items["training"]
-        return TrainState(training["step"], items["params"], training["opt_state"])
+        wanted = _items(abstract)
+        optional = [name for name in _OPTIONAL if name in wanted and not self._has(step, name)]
+        items = self._restore_checked(
+            step, **{name: item for name, item in wanted.items() if name not in optional}
+        )
+        training, others = items["training"], (items.get(name) for name in _OPTIONAL)
+        return TrainState(training["step"], items["params"], training["opt_state"], *others)
 
-    def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
-        """Reads only the parameters after `step` steps; arguments and errors as of `restore`."""
-        return self._restore_checked(step, params=abstract)["params"]
+    def restore_params(
+        self, step: int, abstract: nnx.State, *, averaged: bool = False
+    ) -> nnx.State:
+        """Reads only the parameters after `step` steps; errors as of `restore`.
+
+        Args:
+          step, abstract: as of `restore`.
+          averaged: read their average where the checkpoint has one.
+        """
+        name = "average" if averaged and self._has(step, "average") else "params"
+        return self._restore_checked(step, **{name: abstract})[name]
+
+    def _has(self, step: int, item: str) -> bool:
+        return (self.directory / str(step) / item).is_dir()
 
     def resolve(self, step: int | str) -> int:
         """The number of a saved step, given by its number, `latest` or `best`.
@@ -387,5 +409,9 @@ def _metrics(eval_loss: float, eval_tokens: int | None) -> dict[str, float]:
     return {LOSS: eval_loss} | ({} if eval_tokens is None else {TOKENS: eval_tokens})
 
 
-def _training(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state}
+def _items(state: TrainState) -> dict[str, Any]:
+    """The trees of arrays of a checkpoint, by item."""
+    training = {"step": state.step, "opt_state": state.opt_state}
+    items = {"params": state.params, "training": training}
+    others = {name: getattr(state, name) for name in _OPTIONAL}
+    return items | {name: item for name, item in others.items() if item is not None}

@@ -26,8 +26,9 @@ _MAGIC = b"gqe-jax executable 1\n"
 # Fields on which the train step does not depend.
 _OTHER = ("run_dir", "resume_step", "seed", "log_every", "eval_every", "eval_batches", "profile")
 _OTHER += ("checkpoint_every", "keep_checkpoints", "watchdog_seconds", "watchdog_exit", "wandb")
-_OTHER += ("compilation_cache", "compiled")
+_OTHER += ("checkpoint_minutes", "compilation_cache", "compiled", "held_out")
 _OTHER += ("data.corpus", "data.read_threads", "data.prefetch", "data.verify_checksums")
+_OTHER += ("data.mixture", "data.decay_mixture")
 
 
 def save(path: Location, compiled: jax.stages.Compiled, config: RunConfig, mesh: Mesh) -> None:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -15,15 +16,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from gqe_jax import processes, report
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.config_json import changes, differences, to_dict
-from gqe_jax.data import Corpus, open_corpus, training_batches, window_indices
-from gqe_jax.data.pipeline import held_out_tokens, num_windows
+from gqe_jax.data import Split, training_batches
+from gqe_jax.data.pipeline import describe_rows, held_out_tokens, progress
+from gqe_jax.data.sources import Sources, open_sources
 from gqe_jax.errors import UserError
-from gqe_jax.evaluation import evaluate
+from gqe_jax.evaluation import HeldOut, evaluate
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.runs import Run, write_config
 from gqe_jax.sharding import batch_sharding, check_divides, global_batch, local_rows, make_mesh
@@ -36,13 +39,16 @@ from gqe_jax.training.checkpoint import (
     NonFiniteStateError,
     checkpoint_directory,
 )
+from gqe_jax.training.ending import describe_end
 from gqe_jax.training.goodput import Goodput
 from gqe_jax.training.lock import RunLock
-from gqe_jax.training.optimizer import warmup_stable_decay
+from gqe_jax.training.optimizer import learning_rate_schedule
 from gqe_jax.training.profile import Profile
+from gqe_jax.training.spikes import MOST_IN_A_ROW
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
 from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
+from gqe_jax.training.timer import Timer
 from gqe_jax.training.watchdog import Watchdog
 from gqe_jax.training.writers import WeightsAndBiases, Writer, check_wandb
 
@@ -85,13 +91,13 @@ class Interrupt:
         Terminal(sys.stderr).write(f"{name}: saving after this step; once more to exit now\n")
 
 
-def _check_agreement(config: RunConfig, corpus: Corpus) -> None:
+def _check_agreement(config: RunConfig, sources: Sources) -> None:
     """Checks that all processes run the same configuration on the same tokens.
 
     Raises:
       ConfigError: this process's differ from those of process 0.
     """
-    ours = {"config": to_dict(config), "corpus": corpus.fingerprint}
+    ours = json.loads(json.dumps({"config": to_dict(config), "corpus": sources.fingerprint}))
     theirs = processes.from_first(ours)
     for name, value in theirs["config"].items():
         if ours["config"][name] != value:
@@ -133,9 +139,8 @@ def train(
     check_wandb(config.wandb)
     mesh = make_mesh(config.mesh)
     check_divides(config, dict(mesh.shape))
-    corpus = open_corpus(config.data.corpus, verify=config.data.verify_checksums)
-    corpus.check(vocab_size=config.model.vocab_size, sequence_length=config.sequence_length)
-    _check_agreement(config, corpus)
+    sources = open_sources(config)
+    _check_agreement(config, sources)
 
     with (
         Goodput(began) as goodput,
@@ -144,7 +149,7 @@ def train(
         RunLock(config.run_dir) as lock,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        start, changed, config = _find_start(config, checkpoints, corpus.fingerprint)
+        start, changed, config = _find_start(config, checkpoints, sources.fingerprint)
         steps = make_steps(
             config,
             mesh,
@@ -159,11 +164,13 @@ def train(
             state = layout.begin(checkpoints.restore_params(0, layout.abstract.params))
         else:
             state = checkpoints.restore(start, layout.abstract)
+            if jax.tree.structure(state) != jax.tree.structure(layout.abstract):
+                state = layout.complete(state)
         if "restarted_from" in changed:
             checkpoints.delete_after(start)
         goodput.resume(read_metrics(config.run_dir) if processes.is_first() else [], start)
         with _telemetry(config, mesh, start, stream) as telemetry:
-            telemetry.say(_describe(config, corpus, steps, start))
+            telemetry.say(_describe(config, sources, steps, start))
             if changed:
                 telemetry.say(_describe_changes(start, changed))
                 telemetry.changed(start, changed)
@@ -173,7 +180,7 @@ def train(
                 watchdog.alive()
                 return vote()
 
-            loop = _Loop(config, corpus, steps, checkpoints, telemetry, stop, lock, goodput)
+            loop = _Loop(config, sources, steps, checkpoints, telemetry, stop, lock, goodput)
             loop.train_step = train_step
             state = loop.run(state, start)
         if int(state.step) == config.steps and processes.is_first():
@@ -213,7 +220,7 @@ def _find_start(
             if name.startswith("optimizer.") or name in ("steps", "accumulation_steps"):
                 changed[name] = [old, new]
     rates = [
-        jax.device_get(warmup_stable_decay(run.optimizer, run.steps)(step)).item()
+        jax.device_get(learning_rate_schedule(run.optimizer, run.steps)(step)).item()
         for run, step in ((saved, start - 1), (config, start))
     ]
     if set(changed) - {"accumulation_steps"} and start < config.steps:
@@ -281,7 +288,7 @@ def _more_writers(config: RunConfig, directory: pathlib.Path) -> list[Writer]:
     return [WeightsAndBiases(config.wandb, directory, config, identity)]
 
 
-def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> str:
+def _describe(config: RunConfig, sources: Sources, steps: Steps, start: int) -> str:
     attention = config.model.attention
     params = sum(x.size for x in jax.tree.leaves(steps.layout.abstract.params))
     device = steps.mesh.devices.flat[0].device_kind
@@ -290,7 +297,7 @@ def _describe(config: RunConfig, corpus: Corpus, steps: Steps, start: int) -> st
     return (
         f"{begins}: {attention.variant}, {params:,} parameters, "
         f"{attention.num_active_heads} active heads a token; {steps.mesh.size} x {device} "
-        f"({axes}); {len(corpus.train):,} tokens of {config.data.corpus}"
+        f"({axes}); {sources.describe()}"
     )
 
 
@@ -305,7 +312,7 @@ class _Loop:
     def __init__(
         self,
         config: RunConfig,
-        corpus: Corpus,
+        sources: Sources,
         steps: Steps,
         checkpoints: Checkpoints,
         telemetry: Telemetry | Silent,
@@ -315,9 +322,10 @@ class _Loop:
     ):
         self.lock, self.goodput = lock, goodput
         self.train_step: Callable[..., Any] = steps.train_step
-        self.config, self.corpus, self.steps = config, corpus, steps
+        self.config, self.sources, self.steps = config, sources, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
+        self.timer = Timer(steps.mesh, config.checkpoint_minutes)
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         # Only one host fetches the file from a bucket.
         lines = read_metrics(config.run_dir) if processes.is_first() else []
@@ -325,7 +333,10 @@ class _Loop:
         scores = {step: (loss, text) for step, loss, text in processes.from_first(scored)}
         checkpoints.record(scores)
         self.eval_tokens = held_out_tokens(
-            corpus.validation, config.batch_size, config.sequence_length, config.eval_batches
+            sources.main.validation,
+            config.batch_size,
+            config.sequence_length,
+            config.eval_batches,
         )
         self.eval_loss = {
             step: loss for step, (loss, text) in scores.items() if text == self.eval_tokens
@@ -347,7 +358,7 @@ class _Loop:
     def _run(self, state: TrainState, start: int, profile: Profile) -> TrainState:
         config, step = self.config, start
         batches = training_batches(
-            self.corpus.train,
+            self.sources.mixture,
             config.data,
             start=start,
             stop=config.steps,
@@ -362,10 +373,11 @@ class _Loop:
             if last or (step and step % config.eval_every == 0):
                 best = self.evaluate(state, step)
                 unscored = step not in self.eval_loss
-            due = step and step % config.checkpoint_every == 0
+            due = self.timer() | (step % config.checkpoint_every == 0) and step > 0
             stop = self.stop()
             if last or best or due or stop:
                 self.save(state, step, ended=last or stop)
+                self.timer.reset()
             if last or stop:
                 break
             with self.goodput.spend("data", hidden=self._computes):
@@ -392,6 +404,11 @@ class _Loop:
                 f"stopped at step {step}, the last, before its evaluation was done; the same "
                 "command evaluates it"
             )
+        bits = None
+        if self.eval_loss:
+            loss = self.eval_loss[max(self.eval_loss)]
+            bits = HeldOut.of(loss, 1.0, self.sources.main.validation).bits_per_byte
+        self.telemetry.say(describe_end(config, step, self.eval_loss, bits))
         return state
 
     def _computes(self) -> bool:
@@ -421,33 +438,49 @@ class _Loop:
         """
         while len(self.pending) > keep:
             step, metrics = self.pending.popleft()
+            if skipped := int(metrics.get("skipped_in_a_row", 0)):
+                self.skip(step, metrics, skipped)
+                continue
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(value := float(metrics[name])):
                     raise NonFiniteLossError(self._non_finite(step, f"{name} is {value}"))
             if step % self.config.log_every == 0 or step in (1, self.config.steps):
                 fetched = jax.device_get(metrics)
                 record = {k: v if v.ndim else float(v) for k, v in fetched.items()}
-                tokens = self.config.batch_size * self.config.sequence_length
+                length = self.config.sequence_length
+                record |= progress(self.sources.mixture, step, sequence_length=length)
+                tokens = self.config.batch_size * length
                 self.telemetry.training(step, record, tokens)
+
+    def skip(self, step: int, metrics: dict[str, Any], in_a_row: int) -> None:
+        """Reports a step that was skipped, or ends the run if there were too many in a row."""
+        found = ", ".join(f"{name} {float(metrics[name]):.4g}" for name in ("loss", "grad_norm"))
+        if in_a_row >= MOST_IN_A_ROW:
+            problem = f"{in_a_row} steps in a row were skipped, the last with {found},"
+            raise NonFiniteLossError(self._non_finite(step, problem))
+        self.telemetry.say(f"step {step} is skipped: {found}; {self._batch(step)}")
+        self.telemetry.changed(step, {"skipped_batch": step - 1, "skipped_in_a_row": in_a_row})
+
+    def _batch(self, step: int) -> str:
+        config = self.config
+        return describe_rows(
+            self.sources.mixture,
+            step - 1,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+        )
 
     def _non_finite(self, step: int, problem: str) -> str:
         config = self.config
-        windows = window_indices(
-            step - 1,
-            slice(None),
-            batch_size=config.batch_size,
-            windows=num_windows(self.corpus.train, config.sequence_length),
-            seed=config.seed,
-        )
+        batch = self._batch(step)
         good = self.checkpoints.latest()
         saved = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
         lower = f"a lower optimizer.peak_learning_rate than {config.optimizer.peak_learning_rate}"
         restart = lower if good is None else f"--resume-step {good} and {lower}"
-        shown = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         return (
-            f"{problem} at step {step} (batch {step - 1}: windows {shown} of the train "
-            f"split); {saved} in {self.checkpoints.directory}. Resuming repeats the same batches: "
-            f"restart with {restart}, or inspect these windows"
+            f"{problem} at step {step} ({batch}); {saved} in {self.checkpoints.directory}. "
+            f"Resuming repeats the same batches: restart with {restart}, or inspect these windows"
         )
 
     def evaluate(self, state: TrainState, step: int) -> bool:
@@ -459,31 +492,37 @@ class _Loop:
         self.log_pending()
         if step not in self.eval_loss:
             with self._aside("evaluating"):
-                result = evaluate(
-                    self.steps,
-                    state.params,
-                    self.corpus.validation,
-                    self.config.data,
-                    batch_size=self.config.batch_size,
-                    sequence_length=self.config.sequence_length,
-                    limit=self.config.eval_batches,
-                    stop=self.stop,
-                )
-            if result is None:
+                params = self.steps.weights(state)
+                result = self.score(params, self.sources.main.validation)
+                others = {name: self.score(params, x) for name, x in self.sources.held_out.items()}
+            if result is None or None in others.values():
                 return False
             if math.isfinite(result.loss):
                 self.eval_loss[step] = result.loss
+            named = {"": result} | {f"/{name}": other for name, other in others.items()}
             self.telemetry.evaluation(
                 step,
                 {
-                    "eval_loss": result.loss,
-                    "eval_perplexity": result.perplexity,
-                    "eval_bits_per_byte": result.bits_per_byte,
-                    "eval_tokens": result.tokens,
+                    f"eval_{field}{name}": getattr(scores, field)
+                    for name, scores in named.items()
+                    for field in ("loss", "perplexity", "bits_per_byte", "tokens")
                 },
             )
         lowest = min(self.eval_loss.values(), default=math.nan)
         return self.eval_loss.get(step, math.inf) <= lowest
+
+    def score(self, params: nnx.State, split: Split) -> HeldOut | None:
+        """The scores of a split, or None where a signal came before the end."""
+        return evaluate(
+            self.steps,
+            params,
+            split,
+            self.config.data,
+            batch_size=self.config.batch_size,
+            sequence_length=self.config.sequence_length,
+            limit=self.config.eval_batches,
+            stop=self.stop,
+        )
 
     def save(self, state: TrainState, step: int, *, ended: bool) -> None:
         """Checkpoints the state, after checking that it and the loss are finite.
@@ -503,7 +542,7 @@ class _Loop:
             self.telemetry.sync()
             try:
                 self.checkpoints.save(
-                    state, self.config, self.corpus.fingerprint, loss, self.eval_tokens
+                    state, self.config, self.sources.fingerprint, loss, self.eval_tokens
                 )
             except NonFiniteStateError as error:
                 raise NonFiniteLossError(self._non_finite(step, str(error))) from None

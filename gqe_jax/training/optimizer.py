@@ -1,4 +1,4 @@
-"""AdamW, warm-up-stable-decay and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
+"""The optimizer, its schedules and ZClip, as Optax transformations (recipe: arXiv 2606.20945)."""
 
 from typing import Any, NamedTuple, cast
 
@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import OptimizerConfig
+from gqe_jax.training.muon import muon
 
 
 class ZClipState(NamedTuple):
@@ -76,26 +77,20 @@ def zclip(
     return optax.GradientTransformation(init, update)
 
 
-def warmup_stable_decay(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, a plateau, and linear decay to the floor at the last step.
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, a plateau if the schedule is `wsd`, and decay to the floor.
 
-    It has `config.schedule_steps` steps, by default `steps`. A phase whose fraction is not 0 has at
-    least one step. If the schedule is too short for all, the warm-up goes first, then the decay:
-    two steps are the peak and the floor, a single one is the peak.
+    The phases are those of `config.phases(steps)`; the last step of the schedule has the floor.
     """
-    steps = config.schedule_steps or steps
-    decay = round(config.decay_fraction * steps)
-    decay = min(max(decay, 1), steps - 1) if config.decay_fraction else 0
-    warmup = round(config.warmup_fraction * steps)
-    warmup = min(max(warmup, 1), steps - 1 - decay) if config.warmup_fraction else 0
-    peak = config.peak_learning_rate
+    warmup, decay, length = config.phases(steps)
+    peak, floor = config.peak_learning_rate, config.final_learning_rate
+    if config.schedule == "cosine" and decay > 0:
+        falling = optax.cosine_decay_schedule(peak, decay, alpha=floor / peak)
+    else:
+        falling = optax.linear_schedule(peak, floor, decay)
     return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, config.final_learning_rate, decay),
-        ],
-        [warmup, steps - 1 - decay],
+        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), falling],
+        [warmup, length - 1 - decay],
     )
 
 
@@ -107,20 +102,23 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """ZClip followed by AdamW on the warm-up-stable-decay schedule over `steps` steps."""
+    """ZClip, then AdamW or Muon, with the learning rates of a schedule over `steps` steps."""
     clip = zclip(
         alpha=config.zclip_alpha,
         threshold=config.zclip_threshold if config.zclip else float("inf"),
         warmup_steps=config.zclip_warmup_steps,
         cap=config.clip_cap,
     )
+    scale = optax.scale_by_adam(
+        config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
+    )
+    if config.name == "muon":
+        scale = muon(scale, momentum_dtype=config.first_moment_dtype)
     return optax.chain(
         clip,
-        optax.scale_by_adam(
-            config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
-        ),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(warmup_stable_decay(config, steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
 
 

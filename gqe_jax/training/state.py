@@ -13,7 +13,9 @@ from jaxtyping import Array, Int
 from gqe_jax.config import ModelConfig, RunConfig
 from gqe_jax.model.transformer import Transformer
 from gqe_jax.sharding import OnMesh, shardings
+from gqe_jax.training import spikes
 from gqe_jax.training.optimizer import make_optimizer
+from gqe_jax.training.spikes import SpikeState
 from gqe_kernels import Implementation
 
 
@@ -25,6 +27,10 @@ class TrainState:
     step: Int[Array, ""]
     params: nnx.State
     opt_state: optax.OptState
+    average: nnx.State | None = None
+    """The average of the parameters, with `optimizer.average_decay`."""
+    spikes: SpikeState | None = None
+    """The statistics of the loss, with `optimizer.skip_spikes`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,9 @@ class StateLayout:
     """Creates the state of step 0, with parameters drawn from the run's seed."""
     begin: Callable[[nnx.State], TrainState]
     """Creates the state of step 0 with these parameters, which are donated."""
+    complete: Callable[[TrainState], TrainState]
+    """Adds to a restored state what the configuration asks for and its checkpoint lacks: an average
+    that begins with the parameters, and empty statistics. The state is donated."""
 
     @property
     def sharding(self) -> TrainState:
@@ -71,7 +80,15 @@ def lay_out_state(
     optimizer = make_optimizer(config.optimizer, config.steps)
 
     def begin(params: nnx.State) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return complete(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
+
+    def complete(state: TrainState) -> TrainState:
+        average, watched = state.average, state.spikes
+        if config.optimizer.average_decay is not None and average is None:
+            average = jax.tree.map(jnp.copy, state.params)
+        if config.optimizer.skip_spikes is not None and watched is None:
+            watched = spikes.begin()
+        return dataclasses.replace(state, average=average, spikes=watched)
 
     def init() -> TrainState:
         model = Transformer(config.model, rngs=nnx.Rngs(params=config.seed))
@@ -79,11 +96,11 @@ def lay_out_state(
 
     graphdef, _ = lay_out_params(config.model, mesh, implementation=implementation)
     shapes = jax.eval_shape(init)
+    over_data = config.optimizer.shard_state_over_data
     abstract = dataclasses.replace(
         _with_shardings(shapes, mesh),
-        opt_state=_with_shardings(
-            shapes.opt_state, mesh, over_data=config.optimizer.shard_state_over_data
-        ),
+        opt_state=_with_shardings(shapes.opt_state, mesh, over_data=over_data),
+        average=_with_shardings(shapes.average, mesh, over_data=over_data),
     )
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     return StateLayout(
@@ -95,6 +112,7 @@ def lay_out_state(
             mesh,
             jax.jit(begin, in_shardings=(layout.params,), out_shardings=layout, donate_argnums=0),
         ),
+        complete=OnMesh(mesh, jax.jit(complete, out_shardings=layout, donate_argnums=0)),
     )
 
 

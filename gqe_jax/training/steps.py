@@ -17,8 +17,10 @@ from gqe_jax.data.batch import Batch
 from gqe_jax.model.attention import AttentionAux
 from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
 from gqe_jax.training import loss as losses
+from gqe_jax.training import spikes
+from gqe_jax.training.average import update_average
 from gqe_jax.training.compiler_options import compiler_options
-from gqe_jax.training.optimizer import gradient_norms, make_optimizer, warmup_stable_decay
+from gqe_jax.training.optimizer import gradient_norms, learning_rate_schedule, make_optimizer
 from gqe_jax.training.state import StateLayout, TrainState, lay_out_state
 from gqe_kernels import Implementation
 
@@ -40,10 +42,16 @@ class Steps:
     """(state, batch) -> (the next state, metrics); the state is donated."""
     eval_step: OnMesh
     """(params, batch) -> (summed nats, number of tokens)."""
+    lay_out: OnMesh
+    """average -> the same in the layout of the parameters."""
 
     @property
     def mesh(self) -> Mesh:
         return self.layout.mesh
+
+    def weights(self, state: TrainState) -> nnx.State:
+        """The parameters to evaluate: their average, where the state has one."""
+        return state.params if state.average is None else self.lay_out(state.average)
 
 
 def forward_loss(
@@ -148,7 +156,7 @@ def make_steps(
     """
     layout = lay_out_state(config, mesh, implementation=implementation)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = warmup_stable_decay(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
 
     def train_step(
         state: TrainState, batch: Batch, teacher_params: nnx.State | None = None
@@ -163,6 +171,11 @@ def make_steps(
                 grads = jax.lax.with_sharding_constraint(grads, spread)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
+            average = state.average
+            if average is not None and config.optimizer.average_decay is not None:
+                average = update_average(
+                    average, params, state.step, config.optimizer.average_decay
+                )
         norm, clipped_norm = gradient_norms(opt_state)
         metrics = {
             "loss": cross_entropy,
@@ -174,7 +187,21 @@ def make_steps(
         if config.model.attention.variant != "gqa":
             metrics["expert_load"] = aux.expert_load
             metrics["router_entropy"] = aux.router_entropy
-        return TrainState(state.step + 1, params, opt_state), metrics
+        watched, threshold = state.spikes, config.optimizer.skip_spikes
+        if watched is not None and threshold is not None:
+            spike, watched = spikes.watch(
+                watched,
+                cross_entropy,
+                norm,
+                threshold=threshold,
+                warmup_steps=config.optimizer.zclip_warmup_steps,
+            )
+            params, average = spikes.keep_if(
+                spike, (state.params, state.average), (params, average)
+            )
+            opt_state = spikes.keep_optimizer_if(spike, state.opt_state, opt_state)
+            metrics["skipped_in_a_row"] = watched.in_a_row
+        return TrainState(state.step + 1, params, opt_state, average, watched), metrics
 
     def eval_step(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
         model = nnx.merge(layout.graphdef, params)
@@ -209,4 +236,5 @@ def make_steps(
                 compiler_options=options,
             ),
         ),
+        lay_out=OnMesh(mesh, jax.jit(lambda average: average, out_shardings=state.params)),
     )

@@ -196,10 +196,12 @@ class Telemetry:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics on held-out text."""
         self._write({"step": step, **metrics})
-        self.say(
-            f"step {step:>{self._digits}}/{self._steps}  held-out loss {metrics['eval_loss']:.4f}, "
-            f"{metrics['eval_bits_per_byte']:.4f} bits per byte"
-        )
+        for name in (key.removeprefix("eval_loss") for key in metrics if "eval_loss" in key):
+            self.say(
+                f"step {step:>{self._digits}}/{self._steps}  {name[1:] or 'held-out'} loss "
+                f"{metrics[f'eval_loss{name}']:.4f}, "
+                f"{metrics[f'eval_bits_per_byte{name}']:.4f} bits per byte"
+            )
 
     def changed(self, step: int, record: dict[str, Any]) -> None:
         """Records what differs from `step` on, unless it is recorded already."""

@@ -14,8 +14,8 @@ from gqe_jax.config import AttentionConfig, OptimizerConfig
 from gqe_jax.training.optimizer import (
     decay_mask,
     gradient_norms,
+    learning_rate_schedule,
     make_optimizer,
-    warmup_stable_decay,
     zclip,
 )
 
@@ -67,7 +67,7 @@ def test_a_spike_hardly_moves_the_running_mean():
 
 def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
     config = OptimizerConfig(peak_learning_rate=5e-4, final_learning_rate=1e-5)
-    schedule = warmup_stable_decay(config, 100)
+    schedule = learning_rate_schedule(config, 100)
     rates = [float(schedule(step)) for step in range(100)]
     assert rates[0] == 0.0
     assert rates[5] == pytest.approx(2.5e-4)
@@ -91,7 +91,7 @@ def test_schedule_warms_up_stays_and_decays_to_the_floor_at_the_last_step():
 def test_a_short_schedule_has_its_warmup_peak_and_floor(steps, expected):
     config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
     rates = {"peak": 3e-3, "half": 2e-3, "floor": 1e-3}
-    schedule = warmup_stable_decay(config, steps)
+    schedule = learning_rate_schedule(config, steps)
     found = [float(schedule(step)) for step in range(steps)]
     assert found == pytest.approx([rates.get(name, name) for name in expected])
 
@@ -99,7 +99,7 @@ def test_a_short_schedule_has_its_warmup_peak_and_floor(steps, expected):
 @pytest.mark.parametrize("steps", range(3, 11))
 def test_every_schedule_from_three_steps_on_has_all_phases(steps):
     config = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=1e-3)
-    rates = [float(warmup_stable_decay(config, steps)(step)) for step in range(steps)]
+    rates = [float(learning_rate_schedule(config, steps)(step)) for step in range(steps)]
     assert rates[0] == 0.0
     assert max(rates) == pytest.approx(3e-3)
     assert rates[-1] == pytest.approx(1e-3)
@@ -108,8 +108,8 @@ def test_every_schedule_from_three_steps_on_has_all_phases(steps):
 def test_the_schedule_has_a_length_of_its_own():
     config = OptimizerConfig(schedule_steps=20)
     alone, longer = (
-        warmup_stable_decay(OptimizerConfig(), 20),
-        warmup_stable_decay(config, 100),
+        learning_rate_schedule(OptimizerConfig(), 20),
+        learning_rate_schedule(config, 100),
     )
     assert [float(longer(step)) for step in range(20)] == [float(alone(step)) for step in range(20)]
     np.testing.assert_allclose([longer(step) for step in range(20, 100)], 1e-5, rtol=1e-5)
@@ -168,3 +168,63 @@ def test_only_the_norms_are_spared_the_decay():
     mask = nnx.to_flat_state(decay_mask(nnx.state(model, nnx.Param)))
     spared = {"/".join(map(str, path)) for path, value in mask if not value.get_value()}
     assert spared == {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 100])
+def test_a_schedule_without_a_plateau_falls_from_the_peak_to_the_floor(kind, steps):
+    config = OptimizerConfig(schedule=kind, peak_learning_rate=3e-3, final_learning_rate=1e-3)
+    schedule = learning_rate_schedule(config, steps)
+    warmup = min(max(steps // 10, 1), max(steps - 2, 0))
+    for step in range(steps):
+        done = max(step - warmup, 0) / max(steps - 1 - warmup, 1)
+        left = 0.5 * (1 + np.cos(np.pi * done)) if kind == "cosine" else 1 - done
+        expected = 3e-3 * step / warmup if step < warmup else 1e-3 + 2e-3 * left
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9), step
+
+
+def newton_schulz_in_numpy(matrix):
+    """Five steps of Newton-Schulz with Muon's coefficients, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def test_muon_makes_each_matrix_of_a_kernel_orthogonal():
+    """Against NumPy: the first update, whose momentum with Nesterov is the gradient."""
+    attention = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2, head_dim=6)
+    config = ModelConfig(attention=attention, num_layers=2, mlp_dim=24, vocab_size=16)
+    params = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.float32(rng.standard_normal(p.shape)), params)
+    options = OptimizerConfig(
+        name="muon", zclip=False, clip_cap=1e9, warmup_fraction=0.0, weight_decay=0.0
+    )
+    optimizer = make_optimizer(options, 10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    grads = {"/".join(map(str, p)): np.float64(v[...]) for p, v in nnx.to_flat_state(grads)}
+    updates = {"/".join(map(str, p)): np.float64(v[...]) for p, v in nnx.to_flat_state(updates)}
+    matrices = {
+        "attention/query": lambda x: np.moveaxis(x, 1, 3).reshape(8, 16, 6),
+        "attention/key": lambda x: x.reshape(2, 16, 12),
+        "attention/value": lambda x: x.reshape(2, 16, 12),
+        "attention/out": lambda x: x.reshape(2, 24, 16),
+        "attention/shared_query": lambda x: x,
+        "mlp/gate": lambda x: x,
+        "mlp/up": lambda x: x,
+        "mlp/down": lambda x: x,
+    }
+    for name, split in matrices.items():
+        path = f"layers/{name}/kernel"
+        pairs = zip(split(grads.pop(path)), split(updates.pop(path)), strict=True)
+        for gradient, update in pairs:
+            expected = -5e-4 * 0.2 * max(gradient.shape) ** 0.5 * newton_schulz_in_numpy(gradient)
+            np.testing.assert_allclose(update, expected, rtol=1e-3, atol=1e-7, err_msg=name)
+    assert "layers/attention/router/kernel" in grads
+    for name, gradient in grads.items():  # Adam's first update is the sign
+        np.testing.assert_allclose(updates[name], -5e-4 * np.sign(gradient), rtol=1e-3)
