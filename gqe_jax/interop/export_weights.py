@@ -25,7 +25,7 @@ from gqe_jax.data.special_tokens import IMPORTED_FILE, companions
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.errors import DataError
 from gqe_jax.interop import hf_config
-from gqe_jax.interop.import_weights import GQE
+from gqe_jax.interop.import_weights import ARCHITECTURE, GQE
 from gqe_jax.interop.layout import torch_reader, torch_shapes
 from gqe_jax.interop.tensors import write_tensors
 from gqe_jax.runs import SPREAD, Run
@@ -82,9 +82,8 @@ def export_weights(config: ExportConfig) -> None:
             dtype=config.dtype,
         )
     else:
-        values: dict[str, Any] = {"model_type": GQE, "model": to_dict(run.model)}
-        if not (config.max_position_embeddings or kept):  # ModelConfig has none
-            del special["max_position_embeddings"]
+        values: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": GQE}
+        values["model"] = to_dict(run.model)
         special = {name: value for name, value in special.items() if value is not None}
     values |= special
     with written_whole(config.output) as partial:
@@ -100,8 +99,7 @@ def export_weights(config: ExportConfig) -> None:
             write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
         for name, content in files.items():
             write_whole(partial / name, content)
-    layout = values.get("architectures", ["the authors' layout"])[0]
-    print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {found.step}")
+    print(f"{config.output}: {values['architectures'][0]}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
 def _special_fields(config: ExportConfig, run: Run, kept: dict[str, Any]) -> dict[str, Any]:
