@@ -18,7 +18,7 @@ from gqe_jax.config_json import from_dict
 from gqe_jax.interop.layout import tensor_table, torch_shapes
 from gqe_jax.interop.tensors import Tensors
 from gqe_jax.model.transformer import Transformer, unrolled
-from gqe_jax.serving.paged import attend, cache_heads
+from gqe_jax.serving.paged import attend, cache_heads, in_pairs
 from gqe_kernels import Mask, Routed, Slots
 
 
@@ -95,7 +95,9 @@ class GroupedQueryExpertsForCausalLM(nnx.Module):
                     return out
 
                 with jax.named_scope("attention"):
-                    return attend(routed, paged, self.shards)
+                    return attend(
+                        routed, paged, self.shards, pairs=in_pairs(self.config.attention)
+                    )
 
             x, _, _ = layer(x, attention=attention, positions=positions)
         return written, model.final_norm(x)[:, 0], [], None

@@ -24,6 +24,7 @@ class GQEConfig(PretrainedConfig):
         if model is not None:  # transformers also makes an empty one
             ours = from_dict(ModelConfig, model)
             attention = ours.attention
+            heads, head_dim = cache_heads(attention, 1)
             fields = {
                 "architectures": [ARCHITECTURE],
                 "vocab_size": ours.vocab_size,
@@ -31,8 +32,8 @@ class GQEConfig(PretrainedConfig):
                 "intermediate_size": ours.mlp_dim,
                 "num_hidden_layers": ours.num_layers,
                 "num_attention_heads": attention.num_query_experts,
-                "num_key_value_heads": cache_heads(attention, 1),
-                "head_dim": attention.resolved_head_dim,
+                "num_key_value_heads": heads,
+                "head_dim": head_dim,
                 "tie_word_embeddings": ours.tied_embedding,
                 "dtype": ours.dtype,
             } | fields
@@ -47,7 +48,7 @@ class ServedConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         """Checks what is served, and sets the key/value heads of the cache."""
         attention = served_config(vllm_config).attention
-        heads = cache_heads(attention, vllm_config.parallel_config.tensor_parallel_size)
+        heads, _ = cache_heads(attention, vllm_config.parallel_config.tensor_parallel_size)
         vllm_config.model_config.hf_config.num_key_value_heads = heads
 
 
