@@ -99,7 +99,8 @@ def export_weights(config: ExportConfig) -> None:
             write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
         for name, content in files.items():
             write_whole(partial / name, content)
-    print(f"{config.output}: {values['architectures'][0]}, {config.dtype}, of {config.run_dir} at step {found.step}")
+    name = values["architectures"][0]
+    print(f"{config.output}: {name}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
 def _special_fields(config: ExportConfig, run: Run, kept: dict[str, Any]) -> dict[str, Any]:

@@ -48,14 +48,18 @@ class GroupedQueryExpertsForCausalLM(nnx.Module):
     @property
     def axes(self) -> dict[str, Any]:
         """The engine's mesh axes of our logical axes; what is not there is replicated."""
-        from tpu_inference.layers.common.sharding import ShardingAxisName as Axis
+        from tpu_inference.layers.common.sharding import (  # pyrefly: ignore[missing-import]
+            ShardingAxisName as Axis,
+        )
 
         mlp = Axis.MLP_TENSOR
         return {"group": Axis.ATTN_HEAD, "mlp": mlp, "mlp_rows": mlp, "vocab": Axis.VOCAB}
 
     def paged_attention(self, cache: jax.Array, *operands: Any, **arguments: Any) -> Any:
         """The engine's attention: the pages with the new keys and values, and the outputs."""
-        from tpu_inference.layers.common.attention_interface import attention
+        from tpu_inference.layers.common.attention_interface import (  # pyrefly: ignore[missing-import]
+            attention,
+        )
 
         return attention(cache, *operands, **arguments)
 
@@ -88,16 +92,15 @@ class GroupedQueryExpertsForCausalLM(nnx.Module):
                 del mask  # causal, by the pages
 
                 def paged(query, key, value):
+                    new = (x.astype(cache.dtype) for x in (key, value))
                     pages, out = self.paged_attention(
-                        cache, query, key, value, attention_metadata, self.mesh, sm_scale=scale
+                        cache, query, *new, attention_metadata, self.mesh, sm_scale=scale
                     )
                     written.append(pages)
                     return out
 
                 with jax.named_scope("attention"):
-                    return attend(
-                        routed, paged, self.shards, pairs=in_pairs(self.config.attention)
-                    )
+                    return attend(routed, paged, self.shards, pairs=in_pairs(self.config.attention))
 
             x, _, _ = layer(x, attention=attention, positions=positions)
         return written, model.final_norm(x)[:, 0], [], None

@@ -95,14 +95,15 @@ def _paged_in_pairs(paged: Paged, query: Queries, key: Keys, value: Keys) -> Que
     query = jnp.pad(query, ((0, 0), (0, 0), (0, odd), (0, 0), (0, 0)))
     query = query.reshape(tokens, shards, -1, 2, k, 1, head_dim)
     own_half = jnp.eye(2, dtype=bool)[:, None, :, None]
-    query = jnp.where(own_half, query, 0).reshape(tokens, shards, -1, k, 2 * head_dim)
+    query = jnp.where(own_half, query, 0).reshape(tokens, shards, -1, 2 * k, 2 * head_dim)
     out = _paged(paged, query, key, value).reshape(tokens, shards, -1, 2, k, 2, head_dim)
     out = jnp.stack([out[:, :, :, i, :, i] for i in range(2)], axis=3)
     return out.reshape(tokens, shards, -1, k, head_dim)[:, :, :heads]
 
 
 def _shared(
-    heads: Float[Array, "token shard group head_dim"], given: Float[Array, "token 1 head_dim"] | None
+    heads: Float[Array, "token shard group head_dim"],
+    given: Float[Array, "token 1 head_dim"] | None,
 ) -> Float[Array, "token head_dim"]:
     if given is not None:
         return given[:, 0]

@@ -5,8 +5,14 @@ Only vLLM imports this module: it needs the extra `serve`.
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from transformers import (  # pyrefly: ignore[missing-import]
+    AutoConfig,
+    PretrainedConfig,
+)
+from vllm.model_executor.models.config import (  # pyrefly: ignore[missing-import]
+    MODELS_CONFIG_MAP,
+    VerifyAndUpdateConfig,
+)
 
 from gqe_jax.config import ModelConfig
 from gqe_jax.config_json import from_dict
@@ -54,7 +60,9 @@ class ServedConfig(VerifyAndUpdateConfig):
 
 def register() -> None:
     """Tells vLLM of the model, its configuration and its cache."""
-    from tpu_inference.models.common.model_loader import register_model
+    from tpu_inference.models.common.model_loader import (  # pyrefly: ignore[missing-import]
+        register_model,
+    )
 
     AutoConfig.register(GQE, GQEConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = ServedConfig

@@ -1,6 +1,7 @@
 """A small engine: requests cut into steps over shuffled pages, and paged attention in plain JAX."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -103,4 +104,4 @@ class Steps:
             request_distribution=jnp.asarray([decoding, decoding, requests], jnp.int32),
         )
         self.caches, logits = self.run(self.caches, jnp.asarray(ids), metadata)
-        return [logits[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [logits[a:b] for a, b in itertools.pairwise(starts)]

@@ -45,7 +45,9 @@ class Plain(GroupedQueryExpertsForCausalLM):
 
     def paged_attention(self, cache, query, key, value, metadata, mesh, *, sm_scale):
         rows = jnp.stack([key, value], axis=1)
-        return pages.attend(query, rows, cache, metadata, sm_scale, lambda x: (x[:, :, 0], x[:, :, 1]))
+        return pages.attend(
+            query, rows, cache, metadata, sm_scale, lambda x: (x[:, :, 0], x[:, :, 1])
+        )
 
 
 def engine_config(config, directory, **parallel):
