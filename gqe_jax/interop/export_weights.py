@@ -4,7 +4,8 @@
 
 DIR receives config.json, safetensors files and the run's tokenizer.json. A model with variant `gqa`
 becomes a Llama, or with QK-norm a Qwen3, that `transformers` loads. In a routed model the attention
-has the authors' tensor names and the rest Llama's; config.json holds our ModelConfig.
+has the authors' tensor names and the rest Llama's; config.json holds our ModelConfig, and
+`gqe_jax.serving` serves it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, Dtype
 from gqe_jax.config_json import to_dict
 from gqe_jax.data.corpus import written_whole
-from gqe_jax.data.special_tokens import IMPORTED_FILE, companions
+from gqe_jax.data.special_tokens import GENERATION_FILE, IMPORTED_FILE, companions, to_json
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.errors import DataError
 from gqe_jax.interop import hf_config
@@ -85,6 +86,9 @@ def export_weights(config: ExportConfig) -> None:
         values: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": GQE}
         values["model"] = to_dict(run.model)
         special = {name: value for name, value in special.items() if value is not None}
+        if "eos_token_id" in special and GENERATION_FILE not in files:  # where engines look for it
+            ends = {name: special[name] for name in special if name.endswith("_token_id")}
+            files[GENERATION_FILE] = to_json(ends)
     values |= special
     with written_whole(config.output) as partial:
         (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
