@@ -38,7 +38,7 @@ from gqe_jax.errors import UserError
 from gqe_jax.runs import find_config
 from gqe_jax.serving.model import GroupedQueryExpertsForCausalLM
 from gqe_jax.serving.paged import cache_heads
-from gqe_kernels.cycles.bundles import Region, read_kernel, regions
+from gqe_kernels.cycles.bundles import Program, Region, read_kernel, regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,10 @@ class Served:
     token_bytes: int
 
 
-def block_loops(name: str, config: ServingConfig, *, decode: bool) -> list[int]:
-    """How often the nested loops of the engine's kernel run: the request's is the outermost.
+def block_loops(name: str, config: ServingConfig, *, decode: bool) -> tuple[list[int], int]:
+    """How often the nested loops of the engine's kernel run, and the pages of a block of keys.
+
+    The outermost loop is over the requests.
 
     Args:
       name: the kernel's, which has its block sizes.
@@ -93,8 +95,8 @@ def block_loops(name: str, config: ServingConfig, *, decode: bool) -> list[int]:
         query, pages, page = map(int, found.groups())
         blocks = -(-tokens // (pages * page))  # the kernel for 64 features skips no block
         if decode:
-            return [config.requests, config.requests, config.requests * blocks]
-        return [1, -(-tokens // query), -(-tokens // query) * blocks]
+            return [config.requests, config.requests, config.requests * blocks], pages
+        return [1, -(-tokens // query), -(-tokens // query) * blocks], pages
     found = re.search(r"bq_(\d+)_\d+-bkv_(\d+)_(\d+)", name)
     assert found is not None, name
     query, fetched, computed = map(int, found.groups())
@@ -106,25 +108,32 @@ def block_loops(name: str, config: ServingConfig, *, decode: bool) -> list[int]:
         for start in range(0, end, fetched)
     )
     times = config.requests if decode else 1
-    return [times, times * len(ends), times * outer, times * inner]
+    return [times, times * len(ends), times * outer, times * inner], fetched // config.page
 
 
-def count(tree: Region, runs: Sequence[int], *, decode: bool) -> int:
-    """Cycles of a kernel whose loops run so often; what may be jumped over always counts.
+def count(program: Program, tree: Region, runs: Sequence[int], pages: int, *, decode: bool) -> int:
+    """Cycles of a kernel whose loops around products run so often.
 
-    Of several bodies with loops, the first is that of decoding and the last that of prefill.
+    Of several bodies with such loops, the first is that of decoding and the last that of prefill.
+    What may be jumped over always counts.
+
+    Args:
+      pages: how often loops without products run, which copy pages.
     """
-
-    def loops(region: Region) -> int:
-        return (region.kind == "loop") + max(map(loops, region.children), default=0)
-
-    runs = list(runs)
+    mxu = program.units.index("MXU")
     total = 0
 
-    def visit(region: Region, times: int, following: list[int]) -> None:
+    def loops(region: Region) -> int:
+        if not any(program.bundles[i].slots[mxu] for i in range(region.start, region.stop)):
+            return 0
+        return (region.kind == "loop") + max(map(loops, region.children), default=0)
+
+    def visit(region: Region, times: int, following: Sequence[int]) -> None:
         nonlocal total
-        if region.kind == "loop":
+        if region.kind == "loop" and loops(region):
             times, following = following[0], following[1:]
+        elif region.kind == "loop":
+            times *= pages
         total += len(region.own()) * times
         bodies = [child for child in region.children if loops(child)]
         taken = bodies[0 if decode else -1] if bodies else None
@@ -196,13 +205,14 @@ def measure(model: ModelConfig, config: ServingConfig, topology: Topology) -> Se
         for x in computation.values():
             if x.text("custom_call_target") != '"tpu_custom_call"':
                 continue
-            tree = regions(read_kernel(directory, [x.name]), topology.chip.delay_slots)
+            schedule = read_kernel(directory, [x.name])
+            tree = regions(schedule, topology.chip.delay_slots)
             for kind in kernels:
                 decode = kind == "decode"
                 if x.name.startswith("RPAm" if decode else "RPAd"):
                     continue
                 loops = block_loops(x.name, config, decode=decode)
-                kernels[kind] += count(tree, loops, decode=decode)
+                kernels[kind] += count(schedule, tree, *loops, decode=decode)
     token_bytes = int(np.prod(cache.shape[2:])) * 2
     around = sum(part.cycles for (name, _), part in xla.parts.items() if name == "attention")
     attention = model.attention
