@@ -11,6 +11,7 @@ LIBRARY = [
     ["train", "eval", "generate"],
     ["experiments"],
     ["configs"],
+    ["gqe_jax.serving"],
     ["gqe_jax.training.loop"],
     ["gqe_jax.evaluation", "gqe_jax.report", "gqe_jax.interop", "gqe_jax.compile_for"],
     ["gqe_jax.generation"],

@@ -4,7 +4,8 @@
 
 DIR receives config.json, safetensors files and the run's tokenizer.json. A model with variant `gqa`
 becomes a Llama, or with QK-norm a Qwen3, that `transformers` loads. In a routed model the attention
-has the authors' tensor names and the rest Llama's; config.json holds our ModelConfig.
+has the authors' tensor names and the rest Llama's; config.json holds our ModelConfig, and
+`gqe_jax.serving` serves it.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, Dtype
 from gqe_jax.config_json import to_dict
 from gqe_jax.data.corpus import written_whole
-from gqe_jax.data.special_tokens import IMPORTED_FILE, companions
+from gqe_jax.data.special_tokens import GENERATION_FILE, IMPORTED_FILE, companions, to_json
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.errors import DataError
 from gqe_jax.interop import hf_config
-from gqe_jax.interop.import_weights import GQE
+from gqe_jax.interop.import_weights import ARCHITECTURE, GQE
 from gqe_jax.interop.layout import torch_reader, torch_shapes
 from gqe_jax.interop.tensors import write_tensors
 from gqe_jax.runs import SPREAD, Run
@@ -84,10 +85,12 @@ def export_weights(config: ExportConfig) -> None:
             dtype=config.dtype,
         )
     else:
-        values: dict[str, Any] = {"model_type": GQE, "model": to_dict(run.model)}
-        if not (config.max_position_embeddings or kept):  # ModelConfig has none
-            del special["max_position_embeddings"]
+        values: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": GQE}
+        values["model"] = to_dict(run.model)
         special = {name: value for name, value in special.items() if value is not None}
+        if "eos_token_id" in special and GENERATION_FILE not in files:  # where engines look for it
+            ends = {name: special[name] for name in special if name.endswith("_token_id")}
+            files[GENERATION_FILE] = to_json(ends)
     values |= special
     with written_whole(config.output) as partial:
         (partial / hf_config.CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
@@ -102,8 +105,8 @@ def export_weights(config: ExportConfig) -> None:
             write_whole(partial / TOKENIZER_FILE, tokenizer.read_bytes())
         for name, content in files.items():
             write_whole(partial / name, content)
-    layout = values.get("architectures", ["the authors' layout"])[0]
-    print(f"{config.output}: {layout}, {config.dtype}, of {config.run_dir} at step {found.step}")
+    name = values["architectures"][0]
+    print(f"{config.output}: {name}, {config.dtype}, of {config.run_dir} at step {found.step}")
 
 
 def _special_fields(config: ExportConfig, run: Run, kept: dict[str, Any]) -> dict[str, Any]:

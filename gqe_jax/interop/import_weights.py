@@ -36,6 +36,8 @@ from gqe_jax.sharding import make_mesh, shardings
 
 GQE = "gqe"
 """`model_type` in config.json of a GQE model, whose ModelConfig is the field `model`."""
+ARCHITECTURE = "GroupedQueryExpertsForCausalLM"
+"""The name under which inference engines know the model class of `gqe_jax.serving`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,18 +96,19 @@ def model_entries(config: ModelConfig) -> list[Entry]:
 
 @functools.cache
 def abstract_params(config: ModelConfig) -> nnx.State:
-    """The model's parameters as abstract arrays."""
-    return nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
+    """The model's parameters as abstract arrays, with logical axes on any mesh."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a model, layer by layer."""
-    return {name: entry.torch_shape(shape) for name, entry, _, shape in _tensors(config)}
+    return {name: entry.torch_shape(shape) for name, entry, _, shape in tensor_table(config)}
 
 
 def torch_reader(config: ModelConfig, params: nnx.State) -> Callable[[str], np.ndarray]:
     """A function that maps a tensor's name to its float32 values in `params`."""
-    parts = {name: (entry, layer) for name, entry, layer, _ in _tensors(config)}
+    parts = {name: (entry, layer) for name, entry, layer, _ in tensor_table(config)}
     flat = dict(nnx.to_flat_state(params))
 
     def read(name: str) -> np.ndarray:
@@ -188,7 +189,7 @@ def layer_from_torch(
     return layer
 
 
-def _tensors(
+def tensor_table(
     config: ModelConfig,
 ) -> Iterator[tuple[str, Entry, int | None, tuple[int, ...]]]:
     """Yields (name, entry, layer or None, parameter shape without layer axis), layer by layer."""

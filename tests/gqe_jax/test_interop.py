@@ -20,7 +20,7 @@ from gqe_jax.interop.tensors import INDEX_FILE, WEIGHTS_FILE, Tensors, WeightsEr
 from gqe_jax.model.attention import make_attention
 from gqe_jax.runs import SPREAD, Run, load_config, write_run
 from gqe_jax.sharding import make_mesh
-from tests.gqe_jax import llama
+from tests.gqe_jax import llama, special
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -202,8 +202,15 @@ def test_the_authors_layout_of_a_model_round_trips(variant, tmp_path):
     params = jax.tree.map(
         lambda x: jax.numpy.float32(rng.normal(size=x.shape)), abstract_params(model)
     )
-    write_run(RunConfig(model, run_dir=str(tmp_path / "run")), params, None)
+    tokenizer = special.write(tmp_path / "tokenizer") / "tokenizer.json"
+    write_run(RunConfig(model, run_dir=str(tmp_path / "run")), params, tokenizer)
     export_weights(ExportConfig(tmp_path / "run", tmp_path / "exported"))
+    for_engines = {"bos_token_id": special.BOS, "eos_token_id": special.EOS}
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["architectures"] == ["GroupedQueryExpertsForCausalLM"]
+    assert written | for_engines | {"max_position_embeddings": 2048} == written
+    generation = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert generation == for_engines
     tensors = all_tensors(tmp_path / "exported")
     slots = 6 if variant == "gqe" else 4
     assert tensors["model.layers.1.self_attn.o_proj.weight"].shape == (32, slots * 8)
