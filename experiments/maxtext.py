@@ -56,7 +56,7 @@ from kernels.benchmarks.schedule.cases import splash_runs
 
 INSTALL = (
     "pip install --no-deps --target DIR maxtext==0.2.5 aqtp qwix && "
-    "pip install --target DIR omegaconf pydantic"
+    "pip install --target DIR jinja2 omegaconf psutil pydantic"
 )
 # MaxText imports these for tokenizers, checkpoints and kernels that its dense step does not use.
 UNUSED = {"drjax", "pathwaysutils", "sentencepiece", "sympy", "tiktoken", "tokamax", "transformers"}
@@ -124,7 +124,8 @@ def fields(run: RunConfig, mesh: Mapping[str, int], options: MaxTextOptions) -> 
         )
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
     # Such blocks need more vector memory than libtpu lets a kernel have by default.
-    flags = "--xla_tpu_scoped_vmem_limit_kib=98304" if options.splash_blocks else ""
+    vmem = "compile_xla_flags=--xla_tpu_scoped_vmem_limit_kib=98304"
+    vmem = vmem if options.splash_blocks else ""
     blocks = " ".join(
         f"{name}={size}" for name, size in options.blocks(run.sequence_length).items()
     )
@@ -142,7 +143,7 @@ def fields(run: RunConfig, mesh: Mapping[str, int], options: MaxTextOptions) -> 
         max_target_length={run.sequence_length} ici_data_parallelism={mesh["data"]}
         ici_fsdp_parallelism={mesh["fsdp"]} ici_tensor_parallelism={mesh["tensor"]}
         internal_compile=true internal_compile_num_devices={devices} compile_topology_num_slices=1
-        compile_xla_flags={flags} dataset_type=synthetic enable_checkpointing=false
+        {vmem} dataset_type=synthetic enable_checkpointing=false
         skip_jax_distributed_system=true log_config=false run_name=compiled
     """.split()
 

@@ -1,6 +1,9 @@
 """MaxText's step beside ours: its configuration, what its kernels visit, and its products."""
 
 import importlib.util
+import pathlib
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -47,6 +50,18 @@ def test_the_geometry_is_that_of_the_configuration():
     assert {name: found[name] for name in expected} == {
         name: str(value) for name, value in expected.items()
     }
+
+
+PODS = pathlib.Path(__file__).parents[2] / "docs" / "pods.md"
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^python -m experiments\.maxtext (.*)", PODS.read_text(), re.MULTILINE)
+)
+def test_commands_of_the_document_have_flags_that_exist(command):
+    found = read_command(shlex.split(command))
+    mesh = found.run.mesh.sizes | {"data": 8}
+    assert fields(found.run, mesh, found.options)
 
 
 def test_blocks_are_cut_to_the_length():
