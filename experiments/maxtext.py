@@ -33,7 +33,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from unittest import mock
 
 import jax
@@ -60,6 +60,11 @@ INSTALL = (
 )
 # MaxText imports these for tokenizers, checkpoints and kernels that its dense step does not use.
 UNUSED = {"drjax", "pathwaysutils", "sentencepiece", "sympy", "tiktoken", "tokamax", "transformers"}
+Remat = Literal[
+    *("full", "minimal", "minimal_with_context", "minimal_offloaded", "save_out_proj", "none"),
+    *("save_dot_except_mlp", "save_dot_except_mlpwi", "save_dot_with_context_except_mlp"),
+    *("save_qkv_proj", "qkv_proj_offloaded"),
+]
 BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
 
 
@@ -67,8 +72,8 @@ BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
 class MaxTextOptions:
     """How MaxText's step is compiled."""
 
-    remat: str = "minimal"
-    """MaxText's remat_policy, such as minimal, minimal_with_context or full."""
+    remat: Remat = "minimal"
+    """MaxText's remat_policy."""
     splash_blocks: tuple[int, ...] = ()
     """Six block sizes of splash attention: q, kv and kv_compute of the forward pass, and of the
     backward pass in one kernel. Without: 512, and a kernel of its own for dQ."""
@@ -169,7 +174,7 @@ def compile_maxtext(
     """Compiles MaxText's train step for a slice, as its `train_compile` does.
 
     Raises:
-      ConfigError: MaxText's block has no such geometry or mesh.
+      ConfigError: MaxText has no such geometry, mesh or remat policy.
       DoesNotFitError: the step takes more memory than the chip has.
       UserError: MaxText is not installed.
     """
@@ -186,7 +191,11 @@ def compile_maxtext(
         from maxtext.utils import maxtext_utils, sharding
 
         base = pathlib.Path(pyconfig.__file__).with_name("base.yml")
-        config = pyconfig.initialize(["", str(base), f"compile_topology={topology.name}", *chosen])
+        given = ["", str(base), f"compile_topology={topology.name}", *chosen]
+        try:
+            config = pyconfig.initialize(given)
+        except ValueError as error:
+            raise ConfigError(f"MaxText does not take the configuration: {error}") from error
         devices = train_compile.get_topology_mesh(config)
         arguments, named, state, _, model = train_compile.get_shaped_inputs(devices, config)
         params, state = sharding.maybe_update_params_sharding_with_opt(config, state)

@@ -82,13 +82,14 @@ def test_blocks_are_cut_to_the_length():
     ("flags", "message"),
     [
         (["--splash-blocks", "512", "512"], "must be six positive sizes"),
+        (["--remat", "keep_dots"], "minimal_with_context"),
         (["--mesh.context", "2"], r"are \(2, False, 'none'\).*must be \(1, False, 'none'\)"),
         (["--model.attention.qk-norm", "True"], r"\(1, True, 'none'\)"),
     ],
 )
 def test_what_maxtext_has_not_is_named(flags, message, capsys):
     arguments = ["gqa_250m", "v5e:2x2", *flags]
-    if "--splash-blocks" in flags:
+    if flags[0] in ("--splash-blocks", "--remat"):
         with pytest.raises(SystemExit):
             read_command(arguments)
         assert message in capsys.readouterr().err
