@@ -13,15 +13,18 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gqe_jax.compile_for.cycles import Pass, op_name, part_of, pass_of
 from gqe_jax.compile_for.hlo import Instruction, Program
 from gqe_kernels.chips import Chip
+from gqe_kernels.cycles import bundles
 from gqe_kernels.cycles.bundles import ScheduleError, read_kernel, regions
 from gqe_kernels.cycles.counting import call_cycles, kernel_name
 from gqe_kernels.cycles.runs import scheduled_runs
 
+# Executions by region of the kernel of a name, from its schedule; None: nothing is known of it.
+type Runs = Callable[[str, bundles.Program], Mapping[str, int] | None]
 _ARGUMENTS = "LIBTPU_INIT_ARGS"
 
 
@@ -100,8 +103,12 @@ def clear_dump() -> None:
             path.unlink()
 
 
-def kernel_cycles(program: Program, chip: Chip) -> list[KernelCycles]:
-    """The Pallas calls of the program that was compiled last, in the order of its text."""
+def kernel_cycles(program: Program, chip: Chip, runs: Runs = scheduled_runs) -> list[KernelCycles]:
+    """The Pallas calls of the program that was compiled last, in the order of its text.
+
+    Args:
+      runs: how often the regions of a kernel run; by default, those of this project's kernels.
+    """
     found = [
         (computation, x, times)
         for computation, times in program.runs()
@@ -116,7 +123,8 @@ def kernel_cycles(program: Program, chip: Chip) -> list[KernelCycles]:
         name = op_name(program, computation, x)
         call = KernelCycles(kernel_name(x.name), part_of(name), pass_of(name), times, None)
         try:
-            calls.append(dataclasses.replace(call, cycles=_count(x.name, alike[_code(x)], chip)))
+            counted = _count(x.name, alike[_code(x)], chip, runs)
+            calls.append(dataclasses.replace(call, cycles=counted))
         except ScheduleError as error:
             calls.append(dataclasses.replace(call, reason=str(error)))
     return calls
@@ -128,7 +136,7 @@ def _code(x: Instruction) -> str:
     return body[1] if body else x.name
 
 
-def _count(name: str, alike: list[str], chip: Chip) -> float:
+def _count(name: str, alike: list[str], chip: Chip, runs: Runs) -> float:
     """Cycles of one call of the kernel that the HLO instruction `name` calls.
 
     Args:
@@ -140,5 +148,5 @@ def _count(name: str, alike: list[str], chip: Chip) -> float:
             f"{name}: {_ARGUMENTS} names a dump, or libtpu was loaded before it was set"
         )
     schedule = read_kernel(directory, [name, *alike])
-    runs = scheduled_runs(kernel_name(name), schedule)
-    return call_cycles(schedule, regions(schedule, chip.delay_slots), runs, chip.cores)
+    executions = runs(kernel_name(name), schedule)
+    return call_cycles(schedule, regions(schedule, chip.delay_slots), executions, chip.cores)

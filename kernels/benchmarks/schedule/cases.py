@@ -67,15 +67,8 @@ def splash(
     )
 
     def runs(of: str, sums_of_keys: bool = False) -> dict[str, int]:
-        """Executions of a kernel; it starts and ends a sum for each block of queries (or keys)."""
-        q, kv = blocks[f"block_q{of}"], blocks[f"block_kv{of}"]
-        ends = kv_heads * length // kv if sums_of_keys else heads * length // q
-        return {
-            "grid": heads * (length // q) * (length // kv),
-            "init": ends,
-            "run": heads * sum(causal_tiles(length, q, kv)),
-            "end": ends,
-        }
+        sizes = blocks[f"block_q{of}"], blocks[f"block_kv{of}"]
+        return splash_runs(length, heads, kv_heads, *sizes, sums_of_keys=sums_of_keys)
 
     if not backward:
         executions = {"splash_mha_fwd_no_residuals": runs("")}
@@ -94,6 +87,23 @@ def splash(
 
     work = _work(length, head_dim, heads, products=7)
     return ScheduledCall(with_gradients, (query, key, key, query), executions, *work)
+
+
+def splash_runs(
+    length: int, heads: int, kv_heads: int, block_q: int, block_kv: int, *, sums_of_keys: bool
+) -> dict[str, int]:
+    """Executions in one of splash attention's kernels, of one sequence.
+
+    Args:
+      sums_of_keys: it starts and ends a sum for each block of keys, not of queries.
+    """
+    ends = kv_heads * length // block_kv if sums_of_keys else heads * length // block_q
+    return {
+        "grid": heads * (length // block_q) * (length // block_kv),
+        "init": ends,
+        "run": heads * sum(causal_tiles(length, block_q, block_kv)),
+        "end": ends,
+    }
 
 
 def gqe(
