@@ -35,6 +35,7 @@ def start_job(
     *,
     record: pathlib.Path | None = None,
     launcher: tuple[str, ...] = ("train.py",),
+    flags: tuple[str, ...] = (),
     cache: pathlib.Path,
 ) -> list[subprocess.Popen]:
     """`train.py` on `count` processes of one device each.
@@ -44,6 +45,7 @@ def start_job(
       count: of processes.
       record: directory for the checksums of the rows that they train on, `read_rows`.
       launcher: what Python starts in place of `train.py`; not with `record`.
+      flags: further ones of `train.py`.
       cache: directory of compiled programs.
     """
     if record is not None:
@@ -60,10 +62,13 @@ def start_job(
         }
     return [
         start_training(
-            config, launcher=launcher, environment=environment | {"JAX_PROCESS_ID": str(index)}
+            config,
+            launcher=launcher,
+            flags=flags,
+            environment=environment | {"JAX_PROCESS_ID": str(index)},
         )
         if count > 1
-        else start_training(config, launcher=launcher, environment=environment)
+        else start_training(config, launcher=launcher, flags=flags, environment=environment)
         for index in range(count)
     ]
 

@@ -82,6 +82,7 @@ def start_training(
     config: RunConfig,
     *,
     launcher: tuple[str, ...] = ("train.py",),
+    flags: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
     **kwargs,
 ) -> subprocess.Popen:
@@ -90,11 +91,12 @@ def start_training(
     Args:
       config: the run.
       launcher: what Python is to start in place of `train.py`, with the same arguments.
+      flags: further ones.
       environment: variables to set.
       kwargs: of Popen.
     """
     attention, model = config.model.attention, config.model
-    flags = {
+    fields = {
         "run-dir": config.run_dir,
         "steps": config.steps,
         "batch-size": config.batch_size,
@@ -116,11 +118,11 @@ def start_training(
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
     }
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    arguments = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
     # One device, and programs compiled fast, as tests/conftest.py has it.
     inherited = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
-        [sys.executable, *launcher, "tiny", *arguments],
+        [sys.executable, *launcher, "tiny", *arguments, *flags],
         cwd=REPOSITORY,
         env=inherited | (environment or {}),
         stdout=subprocess.PIPE,
