@@ -469,8 +469,8 @@ class RunConfig:
     """A file of `--compile-for SLICE --save FILE`, whose program trains. It is code that runs: name
     only a file that you trust."""
     libtpu_flags: LibtpuFlags = "default"
-    """Options of the compiler for TPUs: its own, or those that overlap more collectives with
-    matrix products."""
+    """Options of the compiler for TPUs: its own, or those that are published for overlapping
+    collectives with matrix products."""
     wandb: str | None = None
     """Project of Weights & Biases for the metrics; None: none. WANDB_MODE=offline keeps them in the
     run's directory."""

@@ -22,7 +22,7 @@ BETWEEN_SLICES: dict[str, str] = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-"""Sums of gradients over the network between slices, begun as the backward pass makes them."""
+"""Published for sums of gradients over the network between slices."""
 
 
 def compiler_options(flags: LibtpuFlags, mesh: Mesh) -> dict[str, str]:
