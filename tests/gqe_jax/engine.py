@@ -1,6 +1,6 @@
 """vLLM's JAX back end on a CPU, which it is not made for: what needs a TPU is replaced.
 
-    python -m tests.gqe_jax.engine EXPORTED TENSOR_PARALLEL MAX_TOKENS PROMPT...
+    python tests/gqe_jax/engine.py EXPORTED TENSOR_PARALLEL MAX_TOKENS PROMPT...
 
 serves the prompts, which are token ids with commas, and prints the new ones as JSON.
 """
@@ -9,7 +9,10 @@ import json
 import os
 import sys
 
-from tests.gqe_jax import pages
+try:
+    from tests.gqe_jax import pages
+except ImportError:  # run as a program: the engine's wheel has a package `tests`
+    import pages
 
 
 def plain_kernel(

@@ -167,10 +167,11 @@ def test_logits_by_the_engines_reference(name, shards, tmp_path):
     config = dataclasses.replace(MODEL, attention=dataclasses.replace(ATTENTION, **fields))
     directory = pages.export(tmp_path / "exported", original(config))
     model = served(config, directory, engine_mesh(shards), ByReference)
-    prompts = random_prompts(*np.sum(COUNTS, axis=0))
+    some = COUNTS[:5]  # each length of a request compiles
+    prompts = random_prompts(*np.sum(some, axis=0))
     with jax.set_mesh(model.mesh):
         steps = stepping(model, prompts, jitted=False)
-        parts = [steps(counts) for counts in COUNTS]
+        parts = [steps(counts) for counts in some]
     for request, right in enumerate(expected(config, prompts)):
         got = np.concatenate([part[request] for part in parts])
         np.testing.assert_allclose(got, right[: len(got)], atol=1e-4)
@@ -211,7 +212,8 @@ def test_the_engine_answers_requests(k, shards, tmp_path):
     rows = [[], []]
     for row, token in Generator(original(config)).stream(prompts, max_tokens=16):
         rows[row].append(token)
-    command = [sys.executable, "-m", "tests.gqe_jax.engine", directory, shards, 16]
+    program = REPOSITORY / "tests" / "gqe_jax" / "engine.py"
+    command = [sys.executable, program, directory, shards, 16]
     command += [",".join(map(str, prompt)) for prompt in prompts]
     done = subprocess.run(
         [*map(str, command)],
