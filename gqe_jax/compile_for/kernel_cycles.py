@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gqe_jax.compile_for.cycles import Pass, op_name, part_of, pass_of
 from gqe_jax.compile_for.hlo import Instruction, Program
@@ -115,32 +115,46 @@ def kernel_cycles(program: Program, chip: Chip, runs: Runs = scheduled_runs) -> 
         for x in computation.values()
         if x.text("custom_call_target") == '"tpu_custom_call"'
     ]
-    alike: dict[str, list[str]] = {}
-    for _, x, _ in found:
-        alike.setdefault(_code(x), []).append(x.name)
+    alike = same_kernels([x for _, x, _ in found])
     calls = []
     for computation, x, times in found:
         name = op_name(program, computation, x)
         call = KernelCycles(kernel_name(x.name), part_of(name), pass_of(name), times, None)
         try:
-            counted = _count(x.name, alike[_code(x)], chip, runs)
+            counted = _count(x.name, alike[x.name], chip, runs)
             calls.append(dataclasses.replace(call, cycles=counted))
         except ScheduleError as error:
             calls.append(dataclasses.replace(call, reason=str(error)))
     return calls
 
 
-def _code(x: Instruction) -> str:
-    """The kernel's code: libtpu compiles two calls of the same once, and dumps one."""
-    body = re.search(r'"body":"([^"]*)"', x.attributes)
-    return body[1] if body else x.name
+def same_kernels(calls: Sequence[Instruction]) -> dict[str, list[str]]:
+    """The calls of the same kernel as each call: libtpu compiles them once, and dumps one.
+
+    Those with the same code come first. Code has the places in the source that it was traced from,
+    so a call that was traced again, as under `jax.checkpoint`, has other code; then the kernel's
+    name, what it returns, and the number of operands tell.
+    """
+
+    def code(x: Instruction) -> str:
+        body = re.search(r'"body":"([^"]*)"', x.attributes)
+        return body[1] if body else x.name
+
+    def shape(x: Instruction) -> tuple:
+        results = tuple((array.dtype, array.shape) for array in x.arrays)
+        return kernel_name(x.name), results, len(x.operands)
+
+    return {
+        x.name: [each.name for same in (code, shape) for each in calls if same(each) == same(x)]
+        for x in calls
+    }
 
 
 def _count(name: str, alike: list[str], chip: Chip, runs: Runs) -> float:
     """Cycles of one call of the kernel that the HLO instruction `name` calls.
 
     Args:
-      alike: the instructions that call the same code.
+      alike: the instructions that call the same kernel.
     """
     directory = dump_directory()
     if directory is None:

@@ -14,7 +14,7 @@ from gqe_jax.compile_for.collectives import Collective, collectives
 from gqe_jax.compile_for.cycle_table import as_json, table
 from gqe_jax.compile_for.cycles import Cycles, PartCycles, cycles, part_of, pass_of
 from gqe_jax.compile_for.estimate import as_scheduled
-from gqe_jax.compile_for.kernel_cycles import KernelCycles
+from gqe_jax.compile_for.kernel_cycles import KernelCycles, same_kernels
 from gqe_jax.compile_for.topology import get_topology
 from gqe_kernels.chips import CHIPS
 
@@ -230,3 +230,29 @@ def test_the_kernels_of_a_layer_are_counted():
     pairs = 2 * 3 * 1024 * 1025 / 2
     needed = 2 * 2 * 64 * pairs / CHIPS["v5e"].peak_macs
     assert needed < counted < 4 * needed
+
+
+def test_a_kernel_that_is_traced_again_is_found_by_what_it_returns():
+    def call(name, body, length):
+        return hlo.Instruction(
+            name,
+            "custom-call",
+            (hlo.Array("bf16", (8, length), True),),
+            ("a", "b"),
+            f'custom_call_target="tpu_custom_call", backend_config={{"body":"{body}"}}',
+            False,
+        )
+
+    calls = [
+        call("mha.1", "x", 64),
+        call("mha.2", "x", 64),
+        call("mha.3.remat", "y", 64),
+        call("mha.4", "z", 128),
+        call("other.1", "w", 64),
+    ]
+    found = same_kernels(calls)
+    assert found["mha.1"][:2] == ["mha.1", "mha.2"]
+    assert set(found["mha.3.remat"]) == {"mha.1", "mha.2", "mha.3.remat"}
+    assert found["mha.3.remat"][0] == "mha.3.remat"
+    assert set(found["mha.4"]) == {"mha.4"}
+    assert set(found["other.1"]) == {"other.1"}
