@@ -102,4 +102,6 @@ def test_it_is_exported_to_the_same_files(run_again, monkeypatch):
         {path.name: path.read_bytes() for path in pathlib.Path(name).iterdir()}
         for name in ("exported", "weights")
     )
+    config, earlier = (json.loads(files.pop("config.json")) for files in (ours, theirs))
     assert ours == theirs
+    assert config | earlier == config  # what engines read came later

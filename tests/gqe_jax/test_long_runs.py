@@ -63,6 +63,11 @@ def finished(corpus, tmp_path_factory):
     return config, jax.device_get(state), stream.getvalue()
 
 
+def last_evaluation(config: RunConfig) -> dict:
+    """The record of a run's last evaluation."""
+    return [line for line in read_metrics(config.run_dir) if "eval_loss" in line][-1]
+
+
 def test_an_average_follows_its_formula():
     params = {"a": np.array([1.0, -2.0]), "b": np.array([[3.0]])}
     expected, average = params, jax.tree.map(jnp.float32, params)
@@ -93,7 +98,7 @@ def test_the_average_is_evaluated_and_exported(finished):
         ).held_out.loss
         for averaged in (True, False)
     ]
-    trained = read_metrics(config.run_dir)[-1]["eval_loss"]
+    trained = last_evaluation(config)["eval_loss"]
     assert losses[0] == pytest.approx(trained, rel=1e-6)
     assert abs(losses[1] - trained) > 1e-4
 
@@ -237,8 +242,9 @@ def test_checkpoints_are_saved_by_the_clock_too(corpus, tmp_path):
 
 def test_the_last_lines_say_what_was_reached_and_what_is_next(finished):
     config, _, output = finished
-    last = read_metrics(config.run_dir)[-1]
-    lines = output.splitlines()[-3:]
+    last = last_evaluation(config)
+    begin = output.index("\nreached step") + 1
+    lines = output[begin:].splitlines()
     assert lines[0].startswith(
         f"reached step 12 of 12: 3,072 tokens; held-out loss {last['eval_loss']:.4f}, "
         f"{last['eval_bits_per_byte']:.4f} bits per byte"
