@@ -64,7 +64,8 @@ def matmul(run):
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quality")
     config = small_config(make_corpus(directory), directory / "run", eval_every=1000)
-    return dataclasses.replace(config, checkpoint_every=1000)
+    model = dataclasses.replace(config.model, num_layers=1)
+    return dataclasses.replace(config, model=model, checkpoint_every=1000)
 
 
 @pytest.mark.parametrize("study", ["cost", "tokens", "sizes", "experts", "recipe"])
