@@ -5,6 +5,7 @@ set before the first topology is made, and each compile's dump is read after it.
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from gqe_jax.compile_for.cycles import Pass, op_name, part_of, pass_of
 from gqe_jax.compile_for.hlo import Instruction, Program
@@ -144,10 +145,12 @@ def same_kernels(calls: Sequence[Instruction]) -> dict[str, list[str]]:
         results = tuple((array.dtype, array.shape) for array in x.arrays)
         return kernel_name(x.name), results, len(x.operands)
 
-    return {
-        x.name: [each.name for same in (code, shape) for each in calls if same(each) == same(x)]
-        for x in calls
-    }
+    alike: dict[Hashable, list[str]] = collections.defaultdict(list)
+    keys = {x.name: (code(x), shape(x)) for x in calls}
+    for name, each in keys.items():
+        for key in each:
+            alike[key].append(name)
+    return {name: [*alike[first], *alike[then]] for name, (first, then) in keys.items()}
 
 
 def _count(name: str, alike: list[str], chip: Chip, runs: Runs) -> float:

@@ -66,7 +66,7 @@ class Example:
 
     tokens: np.ndarray
     marks: np.ndarray
-    """Of each token: `ANSWER` if it has a loss, and `FIRST` at the first one."""
+    """Flags of each token: `ANSWER` if it has a loss, `FIRST` at the beginning."""
     answer_bytes: int
     """UTF-8 bytes of the answers."""
 

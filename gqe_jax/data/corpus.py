@@ -34,7 +34,7 @@ FORMAT = "gqe-jax token shards, version 1"
 SPLITS = ("train", "validation")
 PARTS = "parts"
 MARKS_SUFFIX = ".marks"
-"""Of the file beside a shard with a byte of marks for each token (`data.shards`)."""
+"""What follows a shard's name in that of its file of marks, one byte a token (`data.shards`)."""
 _DTYPES = ("<u2", "<u4")
 _OPEN_SHARDS = 64  # of each split; a process may open some hundred files
 
@@ -60,7 +60,8 @@ class SplitInfo:
     max_token: int
     shards: tuple[ShardInfo, ...]
     num_answers: int | None = None
-    """Of conversations: the tokens that have a loss; `num_bytes` is then the text of these."""
+    """Number of tokens that have a loss, where the text is conversations: `num_bytes` is then the
+    size of the answers. None: every token has a loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Manifest:
     document_prefix: tuple[int, ...] = ()
     """Tokens before the text of each document."""
     sequence_length: int | None = None
-    """Of conversations: the window within which each is packed."""
+    """Tokens of the windows into which conversations are packed; None: the text is documents."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -337,7 +338,7 @@ class Split:
         return self.info.num_answers is not None
 
     def read_marks(self, starts: Sequence[int] | np.ndarray, length: int) -> list[np.ndarray]:
-        """As `read_many`, the marks of the tokens."""
+        """Reads the marks of `length` tokens from each start, as `read_many` reads the tokens."""
         return self._read(starts, length, len(self.info.shards), np.dtype(np.uint8))
 
     def _read(

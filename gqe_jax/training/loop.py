@@ -6,11 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +17,7 @@ from jax.sharding import Mesh
 
 from gqe_jax import processes, report
 from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.config_json import changes, differences, to_dict
+from gqe_jax.config_json import to_dict
 from gqe_jax.data import Split, training_batches
 from gqe_jax.data.pipeline import describe_rows, held_out_tokens, progress
 from gqe_jax.data.sources import Sources, open_sources
@@ -41,13 +37,14 @@ from gqe_jax.training.checkpoint import (
 )
 from gqe_jax.training.ending import describe_end
 from gqe_jax.training.goodput import Goodput
+from gqe_jax.training.interrupt import Interrupt
 from gqe_jax.training.lock import RunLock
-from gqe_jax.training.optimizer import learning_rate_schedule
 from gqe_jax.training.profile import Profile
 from gqe_jax.training.spikes import MOST_IN_A_ROW
+from gqe_jax.training.start import describe_changes, find_start
 from gqe_jax.training.state import TrainState
 from gqe_jax.training.steps import Steps, Teacher, make_steps
-from gqe_jax.training.telemetry import Silent, Stream, Telemetry, Terminal, read_metrics
+from gqe_jax.training.telemetry import Silent, Stream, Telemetry, read_metrics
 from gqe_jax.training.timer import Timer
 from gqe_jax.training.watchdog import Watchdog
 from gqe_jax.training.writers import WeightsAndBiases, Writer, check_wandb
@@ -55,40 +52,6 @@ from gqe_jax.training.writers import WeightsAndBiases, Writer, check_wandb
 
 class NonFiniteLossError(UserError, RuntimeError):
     """The loss, the gradient or the state became infinite or NaN."""
-
-
-class Interrupt:
-    """True after SIGINT, SIGTERM or SIGHUP, so that the loop saves and stops; a second exits.
-
-    SIGHUP stays ignored where it is, as under nohup.
-    It stays False outside the main thread, where Python delivers no signals.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "Interrupt":
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                    continue
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __bool__(self) -> bool:
-        return self.received is not None
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
-        name = self.received.name
-        Terminal(sys.stderr).write(f"{name}: saving after this step; once more to exit now\n")
 
 
 def _check_agreement(config: RunConfig, sources: Sources) -> None:
@@ -149,7 +112,7 @@ def train(
         RunLock(config.run_dir) as lock,
         Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        start, changed, config = _find_start(config, checkpoints, sources.fingerprint)
+        start, changed, config = find_start(config, checkpoints, sources.fingerprint)
         steps = make_steps(
             config,
             mesh,
@@ -172,7 +135,7 @@ def train(
         with _telemetry(config, mesh, start, stream) as telemetry:
             telemetry.say(_describe(config, sources, steps, start))
             if changed:
-                telemetry.say(_describe_changes(start, changed))
+                telemetry.say(describe_changes(start, changed))
                 telemetry.changed(start, changed)
             vote = processes.Vote(mesh, lambda: bool(interrupt))
 
@@ -181,73 +144,10 @@ def train(
                 return vote()
 
             loop = _Loop(config, sources, steps, checkpoints, telemetry, stop, lock, goodput)
-            loop.train_step = train_step
-            state = loop.run(state, start)
+            state = loop.run(train_step, state, start)
         if int(state.step) == config.steps and processes.is_first():
             report.draw(config.run_dir)
     return state
-
-
-def _find_start(
-    config: RunConfig, checkpoints: Checkpoints, fingerprint: str
-) -> tuple[int | None, dict[str, Any], RunConfig]:
-    """Finds the checkpoint from which a run goes on, and checks that the configuration fits it.
-
-    Returns:
-      Its step, None for a new run; what changes there; and the configuration to train and save,
-      whose `resume_step` marks a run that was restarted, so that the same command does it once.
-    """
-    latest = processes.from_first(checkpoints.latest())
-    if latest is None:
-        if config.resume_step is not None:
-            raise ConfigError(
-                f"resume_step is {config.resume_step}; run_dir {config.run_dir} has no checkpoints"
-            )
-        return None, {}, config
-    saved, corpus = checkpoints.read_run(latest)
-    done = saved.resume_step == config.resume_step and not differences(config, saved)
-    if config.resume_step is None or done:
-        start = latest
-        checkpoints.check_fits(start, config, fingerprint)
-        config = dataclasses.replace(config, resume_step=saved.resume_step)
-    else:
-        start = checkpoints.resolve(config.resume_step)
-        saved, corpus = checkpoints.read_run(start)
-        checkpoints.check_fits(start, config, fingerprint, restart=True)
-    changed: dict[str, Any] = {}
-    if start and corpus is not None:
-        for name, (new, old) in changes(config, saved).items():
-            if name.startswith("optimizer.") or name in ("steps", "accumulation_steps"):
-                changed[name] = [old, new]
-    rates = [
-        jax.device_get(learning_rate_schedule(run.optimizer, run.steps)(step)).item()
-        for run, step in ((saved, start - 1), (config, start))
-    ]
-    if set(changed) - {"accumulation_steps"} and start < config.steps:
-        changed["learning_rate_change"] = rates
-    if start != latest:
-        changed["restarted_from"] = latest
-    return start, changed, config
-
-
-def _describe_changes(start: int, changed: dict[str, Any]) -> str:
-    parts = [
-        f"{name} is {values[1]}, was {values[0]}"
-        for name, values in changed.items()
-        if name not in ("learning_rate_change", "restarted_from")
-    ]
-    if "restarted_from" in changed:
-        parts.insert(0, f"restarted; the run was at step {changed['restarted_from']}")
-    if "learning_rate_change" in changed:
-        before, after = changed["learning_rate_change"]
-        parts.append(f"the learning rate goes from {before:.2e} to {after:.2e}")
-        if after > before:
-            parts.append("optimizer.schedule_steps keeps a schedule's length apart from steps")
-    if "accumulation_steps" in changed:
-        parts.append(
-            "sums are in another order, and the router's losses are means over other microbatches"
-        )
-    return f"changes at step {start}: {'; '.join(parts)}"
 
 
 def _load_teacher(config: RunConfig, mesh: Mesh) -> Teacher | None:
@@ -321,7 +221,6 @@ class _Loop:
         goodput: Goodput,
     ):
         self.lock, self.goodput = lock, goodput
-        self.train_step: Callable[..., Any] = steps.train_step
         self.config, self.sources, self.steps = config, sources, steps
         self.checkpoints, self.telemetry, self.stop = checkpoints, telemetry, stop
         self.batch_sharding = batch_sharding(steps.mesh)
@@ -349,13 +248,20 @@ class _Loop:
                 "the best checkpoint is chosen anew"
             )
 
-    def run(self, state: TrainState, start: int) -> TrainState:
-        """Trains the state after `start` steps to the last step, or until a signal."""
+    def run(self, train_step: Callable[..., Any], state: TrainState, start: int) -> TrainState:
+        """Trains the state after `start` steps to the last step, or until a signal.
+
+        Args:
+          train_step: `Steps.train_step`, or the same step from a file.
+          state, start: where to begin.
+        """
         self.goodput.begin_steps()
         with Profile(self.config.profile, self.config.run_dir, self.log_pending) as profile:
-            return self._run(state, start, profile)
+            return self._run(train_step, state, start, profile)
 
-    def _run(self, state: TrainState, start: int, profile: Profile) -> TrainState:
+    def _run(
+        self, train_step: Callable[..., Any], state: TrainState, start: int, profile: Profile
+    ) -> TrainState:
         config, step = self.config, start
         batches = training_batches(
             self.sources.mixture,
@@ -384,7 +290,7 @@ class _Loop:
                 rows = next(batches)
             batch = global_batch(self.batch_sharding, config.batch_size, rows)
             with profile.step(step + 1):
-                state, metrics = self.train_step(state, batch)
+                state, metrics = train_step(state, batch)
             step += 1
             self.telemetry.advance()
             self.log_pending(keep=1)

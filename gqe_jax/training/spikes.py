@@ -59,5 +59,8 @@ def keep_if[Tree](spike: Bool[Array, ""], old: Tree, new: Tree) -> Tree:
 
 
 def keep_optimizer_if(spike: Bool[Array, ""], old: Any, new: Any) -> Any:
-    """As `keep_if`, of a chain's state, whose last part counts the steps of the schedule."""
+    """Returns what `keep_if` does, for the state of the optimizer's chain.
+
+    Its last part counts the steps of the schedule, which go on where a step is skipped.
+    """
     return (*keep_if(spike, old[:-1], new[:-1]), new[-1])

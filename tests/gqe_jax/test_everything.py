@@ -36,7 +36,7 @@ def test_a_run_with_everything_on_ends_as_one_undisturbed(tmp_path, monkeypatch)
     )
 
     def start(config):
-        return start_job(config, 1, flags=tuple(flags), cache=tmp_path / "programs")
+        return start_job(config, 1, flags=tuple(flags), cache=tmp_path / "environment")
 
     [(status, output)] = finish(start(undisturbed))
     assert status == 0, output

@@ -75,7 +75,7 @@ def test_interrupted_run_is_bit_identical_after_a_restart(
 def test_the_second_signal_exits_at_once():
     program = """
 import os, signal
-from gqe_jax.training.loop import Interrupt
+from gqe_jax.training.interrupt import Interrupt
 with Interrupt() as interrupt:
     assert not interrupt
     os.kill(os.getpid(), signal.SIGINT)
