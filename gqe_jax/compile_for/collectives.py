@@ -49,7 +49,8 @@ def collectives(
     """All collectives of a program compiled for a mesh whose first axis spans the slices.
 
     An asynchronous collective appears in every fusion that it overlaps, with the same chain_id; it
-    is counted once.
+    is counted once. One that the SparseCore runs is in a computation of its own, which runs from the
+    `call-update` that hands over its operands to the `call-done`.
     """
     found = []
     for computation, times in program.runs():
@@ -83,7 +84,7 @@ def _hidden_cycles(program: Program, computation: Mapping[str, Instruction]) -> 
     cycles, first, hidden = 0, {}, {}
     for x in computation.values():
         before, cycles = cycles, cycles + x.estimated_cycles
-        flights = {_flight(each) for each, _ in _within(program, {x.name: x}, False)}
+        flights = {_flight(each) for each, _ in _of(program, computation, x, False)}
         if x.opcode.endswith("-done"):
             flights |= set(x.operands) & set(first)
         for flight in flights:
@@ -97,14 +98,25 @@ def _within(
     program: Program, computation: Mapping[str, Instruction], scatters: bool
 ) -> Iterator[tuple[Instruction, bool]]:
     for x in computation.values():
-        if x.opcode.removesuffix("-start") in KINDS or (
-            x.opcode == "send" and "_xla_megascale_transfer_type" in x.attributes
-        ):
-            yield x, scatters
-        elif x.opcode == "fusion":
-            called = x.called("calls")
-            scattered = called.startswith(SCATTERED_SUM)
-            yield from _within(program, program.computations[called], scattered)
+        yield from _of(program, computation, x, scatters)
+
+
+def _of(
+    program: Program, computation: Mapping[str, Instruction], x: Instruction, scatters: bool
+) -> Iterator[tuple[Instruction, bool]]:
+    """The collectives of an instruction, and whether they are in a fusion that scatters sums."""
+    if x.opcode.removesuffix("-start") in KINDS or (
+        x.opcode == "send" and "_xla_megascale_transfer_type" in x.attributes
+    ):
+        yield x, scatters
+    elif x.opcode == "fusion":
+        called = x.called("calls")
+        scattered = called.startswith(SCATTERED_SUM)
+        yield from _within(program, program.computations[called], scattered)
+    elif x.opcode == "call-update":
+        called = computation[x.operands[0]].called("to_apply")
+        for one, scattered in _within(program, program.computations[called], scatters):
+            yield dataclasses.replace(one, name=x.name), scattered
 
 
 def _collective(x, scatters, group, mesh_shape, times) -> Collective:

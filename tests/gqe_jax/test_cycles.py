@@ -107,7 +107,7 @@ def test_table_and_json_have_kernels_and_what_is_not_counted():
 
 
 # A gather that two fusions overlap, one of them between; a start and a done with a copy between; a
-# sum that nothing overlaps.
+# sum that nothing overlaps; a sum on the SparseCore, which has its operand from the update on.
 COLLECTIVES = """\
 %begins (a: f32[8,128]) -> f32[16,128] {
   %a = f32[8,128]{1,0} parameter(0)
@@ -119,15 +119,23 @@ COLLECTIVES = """\
   ROOT %all-gather.2 = f32[16,128]{1,0} all-gather(%b), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="3"}
 }
 
+%offloaded (d: f32[8,128]) -> f32[4,128] {
+  %d = f32[8,128]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[4,128]{1,0} reduce-scatter(%d), replica_groups={{0,1}}, dimensions={0}, to_apply=%sum
+}, execution_thread="sparsecore"
+
 ENTRY %main (c: f32[8,128]) -> f32[8,128] {
   %c = f32[8,128]{1,0} parameter(0)
+  %offloaded.call-start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%offloaded
   %fusion.1 = f32[16,128]{1,0} fusion(%c), kind=kCustom, calls=%begins, backend_config={"estimated_cycles":"5"}
   %copy.1 = f32[8,128]{1,0} copy(%c), backend_config={"estimated_cycles":"100"}
   %fusion.2 = f32[16,128]{1,0} fusion(%c), kind=kCustom, calls=%ends, backend_config={"estimated_cycles":"7"}
   %collective-permute-start = (f32[8,128]{1,0}, f32[8,128]{1,0}) collective-permute-start(%c), source_target_pairs={{0,1},{1,0}}
   %copy.2 = f32[8,128]{1,0} copy(%c), backend_config={"estimated_cycles":"40"}
   %collective-permute-done = f32[8,128]{1,0} collective-permute-done(%collective-permute-start)
+  %offloaded.call-update = ((f32[8,128]{1,0}), f32[4,128]{1,0}) call-update(%offloaded.call-start, %c)
   %copy.3 = f32[8,128]{1,0} copy(%c), backend_config={"estimated_cycles":"900"}
+  %offloaded.call-done = f32[4,128]{1,0} call-done(%offloaded.call-update)
   ROOT %all-reduce.1 = f32[8,128]{1,0} all-reduce(%c), replica_groups={{0,1}}, to_apply=%sum
 }
 """  # noqa: E501
@@ -138,8 +146,10 @@ def test_what_runs_beside_a_collective_hides_it():
     assert [(one.kind, one.hidden_cycles) for one in found] == [
         ("all-gather", 5 + 100 + 7),
         ("collective-permute", 40),
+        ("reduce-scatter", 900),
         ("all-reduce", 0),
     ]
+    assert found[2].bytes == 8 * 128 * 4 / 2
 
 
 def test_a_step_as_scheduled_is_that_of_a_hand_worked_case():
