@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
-from gqe_jax.config import AttentionConfig, RunConfig
+from gqe_jax.compile_for import compile_step
+from gqe_jax.compile_for.topology import get_topology
+from gqe_jax.config import AttentionConfig, MeshConfig, RunConfig
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.model.transformer import count_parameters
 
+LENGTHS = 2048, 32_768
 GQE, DENSE, FEWER_HEADS = "GQE", "dense, all heads", "dense, the selected heads"
 WIDER_MLP, AS_LARGE = "dense, the selected heads, wider MLP", "GQE, as many parameters as dense"
 
@@ -85,6 +88,8 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         changed = dataclasses.replace(base.optimizer, **fields)
         return dataclasses.replace(base, optimizer=changed)
 
+    copies = attention_of(base, expert_init_spread=0.0)
+    tied = dataclasses.replace(base.optimizer, tied_fraction=1.0)
     return {
         "the paper's": base,
         "no balancing": optimizer(load_balancing_weight=0.0),
@@ -97,6 +102,11 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         "router's z-loss 0.001": optimizer(router_z_loss_weight=1e-3),
         "router starts at 0": attention_of(base, router_init_std=0.0),
         "router starts at 0.2": attention_of(base, router_init_std=0.2),
+        "router's learning rate x 0.1": optimizer(router_learning_rate=0.1),
+        "router's learning rate x 10": optimizer(router_learning_rate=10.0),
+        "experts start alike": attention_of(base, expert_init_spread=0.1),
+        "experts start as copies, tied": dataclasses.replace(copies, optimizer=tied),
+        "router learns from hard slots": attention_of(base, straight_through=True),
         "no shared head": attention_of(base, variant="hard_concat"),
         "no shared head, slots weighted": attention_of(base, variant="weighted_concat"),
         "shared head with own K and V": attention_of(base, shared_kv="own"),
@@ -119,9 +129,38 @@ class Cost:
 
 def cost(run: RunConfig) -> Cost:
     """The cost of a run's model."""
-    lengths = 2048, 32_768
-    short, long = (matmul_flops_per_token(run.model, length) for length in lengths)
+    short, long = (matmul_flops_per_token(run.model, length) for length in LENGTHS)
     return Cost(count_parameters(run.model), (short, long))
+
+
+def static_cycles(run: RunConfig, chip: str = "v5e") -> tuple[float, float]:
+    """Cycles of the forward pass for a token of a sequence of 2,048 and of 32,768, on one core.
+
+    The model computes in bfloat16. The cycles are the compilers' own, of XLA's instructions and of
+    the kernels, as `compile_for` adds them up.
+
+    Raises:
+      ConfigError: libtpu is not installed.
+      RuntimeError: a kernel's cycles are not known.
+    """
+    topology = get_topology(f"{chip}:2x2")
+    found = []
+    for length in LENGTHS:
+        rows = len(topology.devices) * max(1, LENGTHS[-1] // length)
+        changed = dataclasses.replace(
+            run,
+            model=dataclasses.replace(run.model, dtype="bfloat16"),
+            sequence_length=length,
+            batch_size=rows,
+            mesh=MeshConfig(),
+        )
+        step = compile_step(changed, topology, "eval")
+        if step.scheduled.not_counted:
+            raise RuntimeError(f"no cycles of {', '.join(step.scheduled.not_counted)}")
+        seconds = step.scheduled.xla + step.scheduled.kernels
+        tokens = rows * length / len(topology.devices)
+        found.append(seconds * topology.chip.clock / tokens)
+    return found[0], found[1]
 
 
 def is_routed(attention: AttentionConfig) -> bool:

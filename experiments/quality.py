@@ -26,6 +26,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import matplotlib.figure
@@ -43,6 +44,7 @@ from experiments.contenders import (
     of_experts,
     of_recipes,
     of_sizes,
+    static_cycles,
 )
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, RunConfig
@@ -73,6 +75,9 @@ class QualityConfig:
     """Tokens of the finished runs of `tokens`, ascending."""
     workers: int = 1
     """Runs at a time, each in a process of its own if there are more than one."""
+    cycles: bool = False
+    """Compile the forward pass of each model for a v5e, and add the cycles of a token to the table;
+    needs `pip install -e '.[tpu]'`, but no TPU."""
     output: pathlib.Path = pathlib.Path("runs/quality")
     """Directory of the runs and results."""
 
@@ -121,7 +126,9 @@ def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
         for name, run in models.items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())
             run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
-            changed = dataclasses.replace(run, run_dir=str(run_dir), seed=seed)
+            changed = dataclasses.replace(
+                run, run_dir=str(run_dir), seed=seed, eval_every=max(ends, default=run.steps)
+            )
             yield Job(name, seed, changed, ends)
 
 
@@ -161,7 +168,7 @@ def branch(run: RunConfig, end: int, last: int) -> RunConfig:
 
     directory = pathlib.Path(f"{run.run_dir}-{end}")
     if not directory.exists():
-        plateau = dataclasses.replace(run, steps=start, **schedule(last, 0.0))
+        plateau = dataclasses.replace(run, steps=start, eval_batches=1, **schedule(last, 0.0))
         trained(plateau)
         with written_whole(location(directory)) as partial:
             for path in pathlib.Path(run.run_dir).iterdir():
@@ -218,18 +225,31 @@ def _result(job: Job) -> dict[int, float] | str:
         return str(error)
 
 
-def table(todo: Sequence[Job], scores: Scores, errors: Mapping[str, str]) -> str:
-    """Markdown: each model's cost and score, and how far it is from the first, seed by seed."""
+def table(
+    todo: Sequence[Job],
+    scores: Scores,
+    errors: Mapping[str, str],
+    cycles: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> str:
+    """Markdown: each model's cost and score, and how far it is from the first, seed by seed.
+
+    Args:
+      todo, scores, errors: the study's runs, and what `run_study` returns.
+      cycles: a token's cycles at both lengths, by model.
+    """
     runs = {job.name: job.run for job in todo}
+    of_cycles = "cycles a token on v5e | " if cycles else ""
     rows = [
-        "| model | parameters | MFLOP a token at 2,048 and 32,768 | tokens | bits per byte "
-        "| from the first | by seed |",
-        "|---|---|---|---|---|---|---|",
+        f"| model | parameters | MFLOP a token at 2,048 and 32,768 | {of_cycles}tokens "
+        "| bits per byte | from the first | by seed |",
+        "|---|---|---|---|---|---|---|" + "---|" * bool(cycles),
     ]
     first = scores.get(next(iter(runs)), {})
     for name, by_tokens in scores.items():
         of = cost(runs[name])
-        flops = " and ".join(f"{flops / 1e6:.2f}" for flops in of.flops)
+        costs = " and ".join(f"{flops / 1e6:.2f}" for flops in of.flops)
+        if name in cycles:
+            costs += " | " + " and ".join(f"{count:,.0f}" for count in cycles[name])
         for tokens, by_seed in by_tokens.items():
             pairs = [
                 score - first[tokens][seed]
@@ -238,7 +258,7 @@ def table(todo: Sequence[Job], scores: Scores, errors: Mapping[str, str]) -> str
             ]
             each = ", ".join(f"{score:.4f}" for _, score in sorted(by_seed.items()))
             rows.append(
-                f"| {name} | {of.parameters:,} | {flops} | {tokens:,} "
+                f"| {name} | {of.parameters:,} | {costs} | {tokens:,} "
                 f"| {mean_and_spread(list(by_seed.values()))} | {mean_and_spread(pairs, '+')} "
                 f"| {each} |"
             )
@@ -284,9 +304,16 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     output = config.output / f"{config.study}.json"
-    document = {"command": " ".join(sys.argv[1:]), "scores": scores, "errors": errors}
+    runs = {job.name: job.run for job in todo}
+    cycles = {name: static_cycles(run) for name, run in runs.items()} if config.cycles else {}
+    document = {
+        "command": " ".join(sys.argv[1:]),
+        "scores": scores,
+        "errors": errors,
+        "cycles": cycles,
+    }
     write_whole(location(output), json.dumps(document, indent=1) + "\n")
-    text = table(todo, scores, errors)
+    text = table(todo, scores, errors, cycles)
     write_whole(location(output.with_suffix(".md")), text + "\n")
     if scores:
         plot(todo, scores).savefig(output.with_suffix(".png"))

@@ -111,6 +111,12 @@ class AttentionConfig:
     router_init_std: float = 0.02
     """Standard deviation of the router's initial weights. At 0, the authors' choice, all
     probabilities tie, and every token of the first step selects expert 0 of each group."""
+    expert_init_spread: float = 1.0
+    """How far apart the query experts of a group start, from 0, where they are copies of one head,
+    to 1, where they are independent; the variance of the weights is the same. Not in the paper."""
+    straight_through: bool = False
+    """Let the router learn from the hard slots: each is multiplied by p / stop_gradient(p), which
+    is 1, where p is its expert's probability. Not in the paper."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "variant", Variant)
@@ -119,6 +125,8 @@ class AttentionConfig:
         _check_positive(self, "rope_theta", "qk_norm_epsilon")
         _check_sizes(self)
         _check_not_negative(self, "router_init_std")
+        is_share = 0 <= self.expert_init_spread <= 1
+        _check(self, "expert_init_spread", is_share, "it must be between 0 and 1")
         experts, groups = self.num_query_experts, self.num_kv_heads
         remedy = f"it must be a multiple of num_query_experts ({experts}), or head_dim be given"
         _check(self, "embed_dim", self.head_dim is not None or not self.embed_dim % experts, remedy)
@@ -282,6 +290,12 @@ class OptimizerConfig:
     average_decay: float | None = None
     """Decay of an exponential average of the parameters, such as 0.999, which is evaluated and
     exported in their place; None: no average."""
+    router_learning_rate: float = 1.0
+    """The router's learning rate as a multiple of that of all other parameters."""
+    tied_fraction: float = 0.0
+    """Fraction of the schedule in which the query experts of a group are tied, at first whole and
+    then less and less: of an expert's update, the mean over the group takes the place of a part
+    that falls from 1 to 0. Not in the paper."""
     load_balancing_weight: float = 0.01
     """Weight of the sum over layers of the load-balancing loss."""
     router_z_loss_weight: float = 0.0
@@ -318,8 +332,9 @@ class OptimizerConfig:
             _check(self, "average_decay", fits, "it must be between 0 and 1, or None")
         if self.schedule_steps is not None:
             _check_positive(self, "schedule_steps")
-        for field in ("warmup_fraction", "decay_fraction", "distillation_weight"):
+        for field in ("warmup_fraction", "decay_fraction", "distillation_weight", "tied_fraction"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
+        _check_not_negative(self, "router_learning_rate")
         _check_choice(self, "name", OptimizerName)
         _check_choice(self, "schedule", Schedule)
         fits = self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1

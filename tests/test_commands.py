@@ -40,7 +40,7 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tinny"], "CONFIG is 'tinny'; it must be one of tiny, gqe_250m"),
+        (["tinny"], "CONFIG is 'tinny'; it must be one of tiny, gqe_40m"),
         (["tiny", "--model.attention.top-k", "3"], "top_k is 3; a group has 2 experts"),
         (["--model.attention.variant", "moe"], "invalid choice 'moe'"),
         (["--mesh.data", "3"], "it uses 3 of 8 devices: set one axis to -1"),

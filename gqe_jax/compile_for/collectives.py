@@ -49,8 +49,8 @@ def collectives(
     """All collectives of a program compiled for a mesh whose first axis spans the slices.
 
     An asynchronous collective appears in every fusion that it overlaps, with the same chain_id; it
-    is counted once. One that the SparseCore runs is in a computation of its own, which runs from the
-    `call-update` that hands over its operands to the `call-done`.
+    is counted once. One that the SparseCore runs is in a computation of its own, and under way from
+    the `call-update` that hands over its operands to the `call-done`.
     """
     found = []
     for computation, times in program.runs():

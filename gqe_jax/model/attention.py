@@ -48,7 +48,14 @@ from jaxtyping import Array, Bool, Float, Int
 from gqe_jax.config import AttentionConfig, ConfigError
 from gqe_jax.model import routing
 from gqe_jax.model.cache import KVCache, with_cache
-from gqe_jax.model.layers import apply_rope, projection, rms_norm, rope_angles
+from gqe_jax.model.layers import (
+    apply_rope,
+    near_each_other,
+    projection,
+    rms_norm,
+    rope_angles,
+    scaled_normal,
+)
 from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.sharded_projection import sharded_project
 from gqe_jax.sharding import explicit_axes
@@ -94,7 +101,13 @@ class _Attention(nnx.Module):
         self.config = config
         self.implementation = get_attention(implementation)
         self.query = projection(
-            embed, (group, expert, head_dim), ("embed", "group", None, None), **types
+            embed,
+            (group, expert, head_dim),
+            ("embed", "group", None, None),
+            kernel_init=near_each_other(
+                scaled_normal(embed), (group, expert, head_dim), config.expert_init_spread
+            ),
+            **types,
         )
         self.key = projection(embed, (group, head_dim), kv_axes, **types)
         self.value = projection(embed, (group, head_dim), kv_axes, **types)
@@ -386,6 +399,11 @@ class GroupedQueryExperts(_Attention):
             )
         attention = attention or sharded(self.implementation)
         slots = attention(routed, mask, default_scale(config.resolved_head_dim))  # (4), (5)
+        if config.straight_through:
+            one = routing.straight_through(selected).reshape(*slots.shape[:2], -1)
+            others = config.num_slots - one.shape[-1]
+            one = jnp.pad(one, ((0, 0), (0, 0), (0, others)), constant_values=1.0)
+            slots *= one[..., None].astype(slots.dtype)
         if config.variant == "weighted_concat":
             slots *= selected.reshape(*slots.shape[:3], 1).astype(slots.dtype)
 

@@ -1,6 +1,7 @@
 """Projections, RMSNorm, RoPE, SwiGLU and embedding: Flax's layers, with logical axes."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,28 @@ def logical_axes(*names: str | None) -> dict:
 def scaled_normal(fan_in: int) -> nnx.Initializer:
     """Truncated normal of variance 1 / fan_in."""
     return nnx.initializers.truncated_normal(stddev=1.0 / math.sqrt(fan_in) / 0.87962566)
+
+
+def near_each_other(
+    init: nnx.Initializer, heads: tuple[int, int, int], spread: float
+) -> nnx.Initializer:
+    """Kernels of `heads`, [group, expert, head_dim], as alike as `spread` says.
+
+    At 0 the experts of a group are copies of one head, at 1 all are drawn by `init` alone; the
+    variance is the same.
+    """
+    if spread == 1.0:
+        return init
+
+    def near(key: Array, shape: tuple[int, ...], *args: Any) -> Array:
+        group, _, head_dim = heads
+        common, own = jax.random.split(key)
+        kernel = init(own, shape, *args).reshape(-1, *heads)
+        one = init(common, (len(kernel), group * head_dim), *args)
+        kernel = spread * kernel + math.sqrt(1 - spread**2) * one.reshape(-1, group, 1, head_dim)
+        return kernel.reshape(shape)
+
+    return near
 
 
 def projection(

@@ -34,6 +34,14 @@ def probabilities_of(
 
 
 @jax.named_scope("routing")
+def straight_through(
+    selected: Float[Array, "batch length group k"],
+) -> Float[Array, "batch length group k"]:
+    """One, with the gradient of the logarithm of `selected`: what multiplies a hard slot."""
+    return selected / jnp.maximum(jax.lax.stop_gradient(selected), 1e-9)
+
+
+@jax.named_scope("routing")
 def slot_weights(
     selected: Float[Array, "batch length group k"],
 ) -> Float[Array, "batch length group k"]:

@@ -101,6 +101,49 @@ def decay_mask(params: optax.Params) -> optax.Params:
     )
 
 
+def tie_experts(part: optax.Schedule) -> optax.GradientTransformation:
+    """Replaces a part of each query expert's update by the mean over its group.
+
+    Where the part is 1, experts that are equal stay equal, and the model is a dense one with k
+    heads in a group; where it is 0, each goes its own way.
+
+    Args:
+      part: of a step, from 0 to 1.
+    """
+
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
+        del params
+        of_mean = part(state.count)
+
+        def tie(path, update):
+            if not _is_kernel_of("query", path):
+                return update
+            mean = jnp.mean(update, axis=-2, keepdims=True)  # [..., embed, group, expert, head_dim]
+            return update + (of_mean * (mean - update)).astype(update.dtype)
+
+        tied = jax.tree_util.tree_map_with_path(tie, updates)
+        return tied, optax.ScaleByScheduleState(jnp.asarray(optax.safe_increment(state.count)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_router(factor: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(
+            lambda path, x: factor * x if _is_kernel_of("router", path) else x, updates
+        )
+    )
+
+
+def _is_kernel_of(name: str, path: tuple) -> bool:
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return names[-2:] == [name, "kernel"]
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """ZClip, then AdamW or Muon, with the learning rates of a schedule over `steps` steps."""
     clip = zclip(
@@ -114,9 +157,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     if config.name == "muon":
         scale = muon(scale, momentum_dtype=config.first_moment_dtype)
+    of_experts = []
+    if config.router_learning_rate != 1.0:
+        of_experts.append(_scale_router(config.router_learning_rate))
+    if config.tied_fraction:
+        length = config.tied_fraction * config.phases(steps)[-1]
+        of_experts.append(tie_experts(optax.linear_schedule(1.0, 0.0, round(length))))
     return optax.chain(
         clip,
         scale,
+        *of_experts,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )

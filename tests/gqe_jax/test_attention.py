@@ -107,6 +107,45 @@ def test_only_the_weighted_paths_let_the_loss_reach_the_router(variant):
         assert reached > 1e-3
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_straight_through_changes_the_router_s_gradient_alone(top_k):
+    """The gradient of a slot's weight is that of the slot times the slot, summed over features."""
+    layer, _, x = make_layer(make_config("hard_concat", top_k, 4))
+    through, _, _ = make_layer(make_config("hard_concat", top_k, 4, straight_through=True))
+    graphdef, params = nnx.split(through)
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x)[0] ** 2))(params)
+    plain = jax.grad(lambda p: jnp.sum(nnx.merge(nnx.graphdef(layer), p)(x)[0] ** 2))(params)
+    for name in ("query", "key", "value", "out"):
+        assert_close(grads[name]["kernel"][...], plain[name]["kernel"][...], 1e-6, name)
+
+    slots, aux, _ = layer.slots(x, return_routing=True)
+    np.testing.assert_array_equal(layer(x)[0], through(x)[0])
+    d_slots = jax.grad(lambda slots: jnp.sum(layer.project_slots(slots) ** 2))(slots)
+    d_log = np.sum(np.float64(d_slots * slots), axis=-1).reshape(BATCH, LENGTH, 2, top_k)
+    probs, index = np.float64(aux.router_probs), np.asarray(aux.expert_index)
+    chosen = np.eye(4)[index]  # [batch, length, group, k, expert]
+    d_logits = np.einsum("blgk,blgkm->blgm", d_log, chosen - probs[:, :, :, None])
+    expected = np.einsum("bld,blgm->dgm", np.float64(x), d_logits)
+    assert_close(grads["router"]["kernel"][...], expected, 1e-5, "gradient of the router")
+
+
+def test_experts_of_a_group_start_as_alike_as_they_are_told_to():
+    def kernel(spread):
+        config = AttentionConfig(
+            embed_dim=256, num_query_experts=8, num_kv_heads=2, expert_init_spread=spread
+        )
+        return np.asarray(make_attention(config, rngs=nnx.Rngs(0)).query.kernel[...])
+
+    np.testing.assert_array_equal(kernel(0.0), np.repeat(kernel(0.0)[:, :, :1], 4, axis=2))
+    for spread in (0.0, 0.1, 0.7, 1.0):
+        weights = kernel(spread)
+        assert weights.std() == pytest.approx(256**-0.5, rel=0.03)
+        alike = np.corrcoef(weights[:, :, 0].ravel(), weights[:, :, 3].ravel())[0, 1]
+        assert alike == pytest.approx(1 - spread**2, abs=0.03)
+        groups = np.corrcoef(weights[:, 0].ravel(), weights[:, 1].ravel())[0, 1]
+        assert abs(groups) < 0.05
+
+
 @pytest.mark.parametrize(
     ("variant", "shared_kv"),
     [

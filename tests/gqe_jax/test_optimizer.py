@@ -228,3 +228,38 @@ def test_muon_makes_each_matrix_of_a_kernel_orthogonal():
     assert "layers/attention/router/kernel" in grads
     for name, gradient in grads.items():  # Adam's first update is the sign
         np.testing.assert_allclose(updates[name], -5e-4 * np.sign(gradient), rtol=1e-3)
+
+
+def recipe_updates(steps=4, **fields):
+    """The parameters at the start, and after each of some steps with random gradients."""
+    attention = AttentionConfig(
+        embed_dim=16, num_query_experts=4, num_kv_heads=2, expert_init_spread=0.0
+    )
+    config = ModelConfig(attention=attention, num_layers=2, mlp_dim=24, vocab_size=16)
+    params = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+    optimizer = make_optimizer(OptimizerConfig(warmup_fraction=0.0, weight_decay=0.0, **fields), 8)
+    state, rng, seen = optimizer.init(params), np.random.default_rng(0), []
+    for _ in range(steps):
+        grads = jax.tree.map(lambda p: jnp.float32(rng.standard_normal(p.shape)), params)
+        updates, state = optimizer.update(grads, state, params)
+        seen.append({"/".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(updates)})
+    return seen
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_tied_experts_move_together_and_then_apart(name):
+    """Over half of 8 steps the part of the mean is 1, 3/4, 1/2, 1/4, and then 0."""
+    plain, tied = (recipe_updates(6, name=name, tied_fraction=fraction) for fraction in (0.0, 0.5))
+    for own, ours, part in zip(plain, tied, (1.0, 0.75, 0.5, 0.25, 0.0, 0.0), strict=True):
+        for path, update in own.items():
+            if path.endswith("query/kernel") and "shared" not in path:
+                mean = np.mean(update, axis=-2, keepdims=True)
+                update = part * mean + (1 - part) * update
+            np.testing.assert_allclose(ours[path], update, rtol=1e-5, atol=1e-9, err_msg=path)
+
+
+def test_the_router_has_its_own_learning_rate():
+    for own, ours in zip(recipe_updates(), recipe_updates(router_learning_rate=0.1), strict=True):
+        for path, update in own.items():
+            factor = 0.1 if path.endswith("router/kernel") else 1.0
+            np.testing.assert_allclose(ours[path], factor * update, rtol=1e-6, err_msg=path)

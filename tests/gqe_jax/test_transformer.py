@@ -109,7 +109,12 @@ def test_every_weight_names_its_axes():
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("gqe_250m", 245e6, 255e6), ("gqa_250m", 245e6, 255e6), ("tiny", 0.7e6, 0.9e6)],
+    [
+        ("gqe_40m", 38e6, 45e6),
+        ("gqe_250m", 245e6, 255e6),
+        ("gqa_250m", 245e6, 255e6),
+        ("tiny", 0.7e6, 0.9e6),
+    ],
 )
 def test_sizes_of_the_configurations(name, least, most):
     model = nnx.eval_shape(lambda: Transformer(CONFIGS[name].model, rngs=nnx.Rngs(0)))
