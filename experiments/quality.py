@@ -67,6 +67,8 @@ class QualityConfig:
     """`cost`, `tokens`, `sizes`, `experts` or `recipe`."""
     config: str = "tiny"
     """The configuration of the GQE model; of it, only what a study compares changes."""
+    models: tuple[str, ...] = ()
+    """Of the models that the study compares, those to train, by name; none: all."""
     seeds: int = 3
     """Runs of each model, with seeds from 0."""
     steps: int | None = None
@@ -122,6 +124,12 @@ def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
         models = {name: models[name] for name in (GQE, DENSE, FEWER_HEADS)}
     else:
         models, ends = STUDIES[config.study](base), ()
+    for name in config.models:
+        if name not in models:
+            raise ConfigError(
+                f"models has {name!r}; it must be among {', '.join(map(repr, models))}"
+            )
+    models = {name: models[name] for name in config.models or models}
     for seed in range(config.seeds):
         for name, run in models.items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())

@@ -100,6 +100,13 @@ def test_all_models_of_a_seed_read_the_same_batches(study, base):
     assert len(directories) == sum(map(len, seen.values()))
 
 
+def test_a_study_trains_the_models_that_are_named(base):
+    config = QualityConfig("cost", models=(contenders.DENSE,), seeds=2)
+    assert [job.name for job in jobs(config, base)] == [contenders.DENSE] * 2
+    with pytest.raises(ConfigError, match="models has 'dens'; it must be among 'GQE'"):
+        list(jobs(QualityConfig("cost", models=("dens",)), base))
+
+
 def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
     ends = 10, 15
     todo = [Job("GQE", 0, base, ends)]
