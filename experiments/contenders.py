@@ -11,6 +11,7 @@ from gqe_jax.model.transformer import count_parameters
 
 LENGTHS = 2048, 32_768
 GQE, DENSE, FEWER_HEADS = "GQE", "dense, all heads", "dense, the selected heads"
+TIED, TIED_HARD = "tied experts", "tied experts, hard slots alone"
 WIDER_MLP, AS_LARGE = "dense, the selected heads, wider MLP", "GQE, as many parameters as dense"
 
 
@@ -81,6 +82,14 @@ def of_sizes(base: RunConfig) -> Mapping[str, RunConfig]:
     return found
 
 
+def tied(base: RunConfig, **fields: object) -> RunConfig:
+    """GQE whose experts of a group start as copies, and are tied less and less until the end."""
+    copies = attention_of(base, expert_init_spread=0.0, **fields)
+    return dataclasses.replace(
+        copies, optimizer=dataclasses.replace(base.optimizer, tied_fraction=1.0)
+    )
+
+
 def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
     """GQE with one change of its recipe at a time."""
 
@@ -88,8 +97,6 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         changed = dataclasses.replace(base.optimizer, **fields)
         return dataclasses.replace(base, optimizer=changed)
 
-    copies = attention_of(base, expert_init_spread=0.0)
-    tied = dataclasses.replace(base.optimizer, tied_fraction=1.0)
     return {
         "the paper's": base,
         "no balancing": optimizer(load_balancing_weight=0.0),
@@ -105,8 +112,14 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         "router's learning rate x 0.1": optimizer(router_learning_rate=0.1),
         "router's learning rate x 10": optimizer(router_learning_rate=10.0),
         "experts start alike": attention_of(base, expert_init_spread=0.1),
-        "experts start as copies, tied": dataclasses.replace(copies, optimizer=tied),
         "router learns from hard slots": attention_of(base, straight_through=True),
+        "weighted and shared slot start at 0": attention_of(base, extra_slot_scale=0.0),
+        TIED: tied(base),
+        "tied, weighted and shared slot start at 0": tied(base, extra_slot_scale=0.0),
+        TIED_HARD: tied(base, variant="hard_concat"),
+        "tied, hard slots alone, from which the router learns": tied(
+            base, variant="hard_concat", straight_through=True
+        ),
         "no shared head": attention_of(base, variant="hard_concat"),
         "no shared head, slots weighted": attention_of(base, variant="weighted_concat"),
         "shared head with own K and V": attention_of(base, shared_kv="own"),

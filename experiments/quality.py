@@ -38,6 +38,7 @@ from experiments.contenders import (
     DENSE,
     FEWER_HEADS,
     GQE,
+    TIED_HARD,
     cost,
     is_routed,
     of_equal_cost,
@@ -45,6 +46,7 @@ from experiments.contenders import (
     of_recipes,
     of_sizes,
     static_cycles,
+    tied,
 )
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, RunConfig
@@ -122,6 +124,7 @@ def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
     if config.study == "tokens":
         models = of_equal_cost(base)
         models = {name: models[name] for name in (GQE, DENSE, FEWER_HEADS)}
+        models[TIED_HARD] = tied(base, variant="hard_concat")
     else:
         models, ends = STUDIES[config.study](base), ()
     for name in config.models:
@@ -162,15 +165,19 @@ def branch(run: RunConfig, end: int, last: int) -> RunConfig:
       last: the last of all ends.
     """
     warmup = round(run.optimizer.warmup_fraction * run.steps)
+    tied_steps = run.optimizer.tied_fraction * run.steps
     start = end - round(DECAY * end)
     if warmup > start:
         raise ConfigError(f"tokens: the warm-up has {warmup} steps; a run of {end} is too short")
 
     def schedule(steps: int, decay: float) -> dict:
-        fraction = warmup / steps
         return {
             "optimizer": dataclasses.replace(
-                run.optimizer, schedule_steps=steps, warmup_fraction=fraction, decay_fraction=decay
+                run.optimizer,
+                schedule_steps=steps,
+                warmup_fraction=warmup / steps,
+                tied_fraction=min(tied_steps / steps, 1.0),
+                decay_fraction=decay,
             )
         }
 

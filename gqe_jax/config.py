@@ -114,6 +114,9 @@ class AttentionConfig:
     expert_init_spread: float = 1.0
     """How far apart the query experts of a group start, from 0, where they are copies of one head,
     to 1, where they are independent; the variance of the weights is the same. Not in the paper."""
+    extra_slot_scale: float = 1.0
+    """Scale of W_out's initial rows for the weighted and the shared slot, from 0 to 1. At 0 the
+    model starts as `hard_concat`, and learns to use these slots. Not in the paper."""
     straight_through: bool = False
     """Let the router learn from the hard slots: each is multiplied by p / stop_gradient(p), which
     is 1, where p is its expert's probability. Not in the paper."""
@@ -125,8 +128,8 @@ class AttentionConfig:
         _check_positive(self, "rope_theta", "qk_norm_epsilon")
         _check_sizes(self)
         _check_not_negative(self, "router_init_std")
-        is_share = 0 <= self.expert_init_spread <= 1
-        _check(self, "expert_init_spread", is_share, "it must be between 0 and 1")
+        for field in ("expert_init_spread", "extra_slot_scale"):
+            _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         experts, groups = self.num_query_experts, self.num_kv_heads
         remedy = f"it must be a multiple of num_query_experts ({experts}), or head_dim be given"
         _check(self, "embed_dim", self.head_dim is not None or not self.embed_dim % experts, remedy)

@@ -55,6 +55,7 @@ from gqe_jax.model.layers import (
     rms_norm,
     rope_angles,
     scaled_normal,
+    with_last_rows,
 )
 from gqe_jax.model.sharded_attention import sharded
 from gqe_jax.model.sharded_projection import sharded_project
@@ -111,7 +112,15 @@ class _Attention(nnx.Module):
         )
         self.key = projection(embed, (group, head_dim), kv_axes, **types)
         self.value = projection(embed, (group, head_dim), kv_axes, **types)
-        self.out = projection((config.num_slots, head_dim), embed, ("slot", None, "embed"), **types)
+        out_init = scaled_normal(config.num_slots * head_dim)
+        extra = head_dim * (2 if config.variant == "gqe" else 0)
+        self.out = projection(
+            (config.num_slots, head_dim),
+            embed,
+            ("slot", None, "embed"),
+            kernel_init=with_last_rows(out_init, extra, config.extra_slot_scale),
+            **types,
+        )
         if config.qk_norm:
             norm = {"epsilon": config.qk_norm_epsilon, "dtype": dtype, "rngs": rngs}
             self.query_norm = rms_norm(head_dim, **norm)

@@ -45,6 +45,13 @@ def near_each_other(
     return near
 
 
+def with_last_rows(init: nnx.Initializer, rows: int, scale: float) -> nnx.Initializer:
+    """A kernel [in, out] as `init` draws it, its last `rows` times `scale`."""
+    if scale == 1.0 or not rows:
+        return init
+    return lambda key, shape, *args: init(key, shape, *args).at[-rows:].multiply(scale)
+
+
 def projection(
     in_features: int | tuple[int, ...],
     out_features: int | tuple[int, ...],

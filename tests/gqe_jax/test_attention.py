@@ -146,6 +146,19 @@ def test_experts_of_a_group_start_as_alike_as_they_are_told_to():
         assert abs(groups) < 0.05
 
 
+def test_a_model_can_start_without_the_weighted_and_the_shared_slot():
+    layer, params, x = make_layer(make_config("gqe", 1, 4, extra_slot_scale=0.0))
+    full, others, _ = make_layer(make_config("gqe", 1, 4))
+    np.testing.assert_array_equal(params["out"][:2], others["out"][:2])
+    np.testing.assert_array_equal(params["out"][2:], 0)
+    slots, _, _ = layer.slots(x)
+    expected = np.einsum(
+        "blsf,sfd->bld", np.float64(slots)[:, :, :2], np.float64(others["out"][:2])
+    )
+    assert_close(layer(x)[0], expected, 1e-5, "output")
+    np.testing.assert_array_equal(slots, full.slots(x)[0])
+
+
 @pytest.mark.parametrize(
     ("variant", "shared_kv"),
     [
