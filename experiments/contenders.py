@@ -83,7 +83,7 @@ def of_sizes(base: RunConfig) -> Mapping[str, RunConfig]:
 
 
 def tied(base: RunConfig, **fields: object) -> RunConfig:
-    """GQE whose experts of a group start as copies, and are tied less and less for half of the steps."""
+    """GQE whose experts of a group start as copies, tied less and less for half of the steps."""
     copies = attention_of(base, expert_init_spread=0.0, **fields)
     return dataclasses.replace(
         copies, optimizer=dataclasses.replace(base.optimizer, tied_fraction=0.5)
