@@ -72,7 +72,7 @@ class QualityConfig:
     models: tuple[str, ...] = ()
     """Of the models that the study compares, those to train, by name; none: all."""
     seeds: int = 3
-    """Runs of each model, with seeds from 0."""
+    """Runs of each model, with seeds from 0; with no runs, the table has the costs alone."""
     steps: int | None = None
     """Steps of a run; None: the configuration's. Not for `tokens`."""
     tokens: tuple[int, ...] = (500_000, 1_000_000, 2_000_000, 4_000_000)
@@ -91,9 +91,9 @@ class QualityConfig:
         attention = CONFIGS[self.config].model.attention
         if attention.variant != "gqe" or not is_routed(attention):
             raise ConfigError(f"config is {self.config!r}; its router must select among experts")
-        for field in ("seeds", "workers"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}; it must be positive")
+        for field, least in (("seeds", 0), ("workers", 1)):
+            if (value := getattr(self, field)) < least:
+                raise ConfigError(f"{field} is {value}; it must be at least {least}")
         if self.study == "tokens" and self.steps is not None:
             raise ConfigError(f"steps is {self.steps}; the study `tokens` takes --tokens")
         if not self.tokens or list(self.tokens) != sorted(set(self.tokens)):
@@ -115,32 +115,35 @@ class Job:
     ends: tuple[int, ...] = ()
 
 
-def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
-    """All runs of a study, seed by seed; `base` is the GQE model's."""
+def models_of(config: QualityConfig, base: RunConfig) -> Mapping[str, RunConfig]:
+    """The models that a study compares, by name; `base` is the GQE model's run."""
     if config.steps is not None:
         base = dataclasses.replace(base, steps=config.steps)
-    per_step = base.batch_size * base.sequence_length
-    ends = tuple(round(tokens / per_step) for tokens in config.tokens)
     if config.study == "tokens":
         models = of_equal_cost(base)
         models = {name: models[name] for name in (GQE, DENSE, FEWER_HEADS)}
         models[TIED_HARD] = tied(base, variant="hard_concat")
     else:
-        models, ends = STUDIES[config.study](base), ()
+        models = STUDIES[config.study](base)
     for name in config.models:
         if name not in models:
-            raise ConfigError(
-                f"models has {name!r}; it must be among {', '.join(map(repr, models))}"
-            )
-    models = {name: models[name] for name in config.models or models}
+            names = ", ".join(map(repr, models))
+            raise ConfigError(f"models has {name!r}; it must be among {names}")
+    return {name: models[name] for name in config.models or models}
+
+
+def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
+    """All runs of a study, seed by seed."""
+    per_step = base.batch_size * base.sequence_length
+    ends = tuple(round(tokens / per_step) for tokens in config.tokens)
     for seed in range(config.seeds):
-        for name, run in models.items():
+        for name, run in models_of(config, base).items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())
             run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
-            changed = dataclasses.replace(
-                run, run_dir=str(run_dir), seed=seed, eval_every=max(ends, default=run.steps)
-            )
-            yield Job(name, seed, changed, ends)
+            branches = ends if config.study == "tokens" else ()
+            last = max(branches, default=run.steps)
+            changed = dataclasses.replace(run, run_dir=str(run_dir), seed=seed, eval_every=last)
+            yield Job(name, seed, changed, branches)
 
 
 def scores_of(job: Job) -> dict[int, float]:
@@ -241,7 +244,7 @@ def _result(job: Job) -> dict[int, float] | str:
 
 
 def table(
-    todo: Sequence[Job],
+    models: Mapping[str, RunConfig],
     scores: Scores,
     errors: Mapping[str, str],
     cycles: Mapping[str, tuple[float, float]] = MappingProxyType({}),
@@ -249,23 +252,25 @@ def table(
     """Markdown: each model's cost and score, and how far it is from the first, seed by seed.
 
     Args:
-      todo, scores, errors: the study's runs, and what `run_study` returns.
+      models: the runs of the study.
+      scores, errors: from `run_study`.
       cycles: a token's cycles at both lengths, by model.
     """
-    runs = {job.name: job.run for job in todo}
     of_cycles = "cycles a token on v5e | " if cycles else ""
     rows = [
         f"| model | parameters | MFLOP a token at 2,048 and 32,768 | {of_cycles}tokens "
         "| bits per byte | from the first | by seed |",
         "|---|---|---|---|---|---|---|" + "---|" * bool(cycles),
     ]
-    first = scores.get(next(iter(runs)), {})
-    for name, by_tokens in scores.items():
-        of = cost(runs[name])
+    first = scores.get(next(iter(models)), {})
+    for name, run in models.items():
+        of = cost(run)
         costs = " and ".join(f"{flops / 1e6:.2f}" for flops in of.flops)
         if name in cycles:
             costs += " | " + " and ".join(f"{count:,.0f}" for count in cycles[name])
-        for tokens, by_seed in by_tokens.items():
+        if name not in scores:
+            rows.append(f"| {name} | {of.parameters:,} | {costs} | | | | |")
+        for tokens, by_seed in scores.get(name, {}).items():
             pairs = [
                 score - first[tokens][seed]
                 for seed, score in by_seed.items()
@@ -290,14 +295,13 @@ def mean_and_spread(values: list[float], sign: str = "") -> str:
 
 
 @styled
-def plot(todo: Sequence[Job], scores: Scores) -> matplotlib.figure.Figure:
+def plot(models: Mapping[str, RunConfig], scores: Scores) -> matplotlib.figure.Figure:
     """Bits per byte against tokens, or against the cost of a token where all have as many."""
-    runs = {job.name: job.run for job in todo}
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    by_tokens = any(job.ends for job in todo)
+    by_tokens = any(len(of_model) > 1 for of_model in scores.values())
     for name, of_model in scores.items():
-        at = list(of_model) if by_tokens else [cost(runs[name]).flops[0] / 1e6] * len(of_model)
+        at = list(of_model) if by_tokens else [cost(models[name]).flops[0] / 1e6] * len(of_model)
         values = [list(by_seed.values()) for by_seed in of_model.values()]
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
         means = [statistics.mean(each) for each in values]
@@ -313,14 +317,15 @@ def main() -> None:
     """The command line."""
     default = QualityConfig(tyro.MISSING)
     config = parse(default, sys.argv[1:], prog="python -m experiments.quality", description=__doc__)
-    todo = run_command(lambda: list(jobs(config, CONFIGS[config.config])))
+    base = CONFIGS[config.config]
+    models = run_command(lambda: models_of(config, base))
+    todo = list(jobs(config, base))
     try:
         scores, errors = run_command(lambda: run_study(todo, config.workers))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     output = config.output / f"{config.study}.json"
-    runs = {job.name: job.run for job in todo}
-    cycles = {name: static_cycles(run) for name, run in runs.items()} if config.cycles else {}
+    cycles = {name: static_cycles(run) for name, run in models.items() if config.cycles}
     document = {
         "command": " ".join(sys.argv[1:]),
         "scores": scores,
@@ -328,10 +333,10 @@ def main() -> None:
         "cycles": cycles,
     }
     write_whole(location(output), json.dumps(document, indent=1) + "\n")
-    text = table(todo, scores, errors, cycles)
+    text = table(models, scores, errors, cycles)
     write_whole(location(output.with_suffix(".md")), text + "\n")
     if scores:
-        plot(todo, scores).savefig(output.with_suffix(".png"))
+        plot(models, scores).savefig(output.with_suffix(".png"))
     print(text)
 
 
