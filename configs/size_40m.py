@@ -24,7 +24,7 @@ GQE = RunConfig(
     data=DataConfig(corpus="corpora/fineweb-edu"),
     optimizer=OptimizerConfig(peak_learning_rate=2e-3, final_learning_rate=2e-5),
     run_dir="runs/gqe_40m",
-    steps=4000,  # 0.5B tokens
+    steps=800,  # 105M tokens
     batch_size=64,  # 131k tokens: 8 sequences a chip on 8
     sequence_length=2048,
 )
