@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from gqe_jax.compile_for import compile_step
+from gqe_jax.compile_for import compile_step, hlo
 from gqe_jax.compile_for.topology import get_topology
-from gqe_jax.config import AttentionConfig, MeshConfig, RunConfig
+from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, RunConfig
 from gqe_jax.model.flops import matmul_flops_per_token
 from gqe_jax.model.transformer import count_parameters
 
@@ -153,8 +153,8 @@ def static_cycles(run: RunConfig, chip: str = "v5e") -> tuple[float, float]:
     the kernels, as `compile_for` adds them up.
 
     Raises:
-      ConfigError: libtpu is not installed.
-      RuntimeError: a kernel's cycles are not known.
+      ConfigError: libtpu is not installed, or the cycles of a kernel or a loop are not known, as
+        where heads have fewer features than the attention kernel takes.
     """
     topology = get_topology(f"{chip}:2x2")
     found = []
@@ -167,9 +167,13 @@ def static_cycles(run: RunConfig, chip: str = "v5e") -> tuple[float, float]:
             batch_size=rows,
             mesh=MeshConfig(),
         )
-        step = compile_step(changed, topology, "eval")
+        try:
+            step = compile_step(changed, topology, "eval")
+        except hlo.UnknownTripsError as error:
+            raise ConfigError(f"cycles is True; at {length:,} tokens {error}") from error
         if step.scheduled.not_counted:
-            raise RuntimeError(f"no cycles of {', '.join(step.scheduled.not_counted)}")
+            names = ", ".join(step.scheduled.not_counted)
+            raise ConfigError(f"cycles is True; there are no static cycles of {names}")
         seconds = step.scheduled.xla + step.scheduled.kernels
         tokens = rows * length / len(topology.devices)
         found.append(seconds * topology.chip.clock / tokens)

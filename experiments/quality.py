@@ -320,12 +320,14 @@ def main() -> None:
     base = CONFIGS[config.config]
     models = run_command(lambda: models_of(config, base))
     todo = list(jobs(config, base))
+    cycles = run_command(
+        lambda: {name: static_cycles(run) for name, run in models.items() if config.cycles}
+    )
     try:
         scores, errors = run_command(lambda: run_study(todo, config.workers))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     output = config.output / f"{config.study}.json"
-    cycles = {name: static_cycles(run) for name, run in models.items() if config.cycles}
     document = {
         "command": " ".join(sys.argv[1:]),
         "scores": scores,

@@ -10,11 +10,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from gqe_jax.errors import UserError
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+
+
+class UnknownTripsError(UserError, ValueError):
+    """How often a loop runs is not in the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Program:
         The loop of `jax.lax.scan` counts from 0 while below a constant.
 
         Raises:
-          ValueError: the condition has no constant.
+          UnknownTripsError: the condition has no constant.
         """
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
@@ -117,7 +123,7 @@ class Program:
         for instruction in condition.values():
             if instruction.opcode == "constant" and instruction.arrays[0].dtype in ("s32", "u32"):
                 return int(instruction.attributes[1:].partition(")")[0])
-        raise ValueError(
+        raise UnknownTripsError(
             f"the loop {loop.name} has no known_trip_count, and its condition has no constant"
         )
 

@@ -16,6 +16,7 @@ from gqe_jax.compile_for.cycles import Cycles, PartCycles, cycles, part_of, pass
 from gqe_jax.compile_for.estimate import as_scheduled
 from gqe_jax.compile_for.kernel_cycles import KernelCycles, same_kernels
 from gqe_jax.compile_for.topology import get_topology
+from gqe_jax.errors import UserError
 from gqe_kernels.chips import CHIPS
 
 # As libtpu writes it, shortened. A loop of 7: a product fused with a norm, a copy that the compiler
@@ -104,6 +105,12 @@ def test_table_and_json_have_kernels_and_what_is_not_counted():
     lines = table(found, kernels, chip).splitlines()
     assert any(line.split()[0] == "mlp" and "unknown" in line for line in lines)
     assert lines[-1].strip() == "other_kernel: no table"
+
+
+def test_a_loop_whose_runs_are_not_known_is_named():
+    text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"7"}}', "")
+    with pytest.raises(UserError, match=r"loop while\.1 has no known_trip_count"):
+        cycles(hlo.parse(text))
 
 
 # A gather that two fusions overlap, one of them between; a start and a done with a copy between; a
@@ -216,6 +223,7 @@ import json, sys
 from experiments.cycles import count_layer
 from gqe_jax import AttentionConfig
 from gqe_jax.compile_for.topology import get_topology
+from gqe_jax.errors import UserError
 config = AttentionConfig(embed_dim=128, num_query_experts=4, num_kv_heads=2, top_k=1, head_dim=64)
 counted = count_layer(config, get_topology("v5e:2x2"), 2, 1024, backward=False)
 json.dump([[k.name, k.part, k.pass_, k.cycles, k.reason] for k in counted.kernels], sys.stdout)
