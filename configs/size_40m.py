@@ -6,13 +6,7 @@ directory with `--data.corpus`.
 """
 
 from configs.variants import variant_of
-from gqe_jax.config import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from gqe_jax import AttentionConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 GQE = RunConfig(
     model=ModelConfig(

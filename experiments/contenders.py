@@ -11,7 +11,7 @@ from gqe_jax.model.transformer import count_parameters
 
 LENGTHS = 2048, 32_768
 GQE, DENSE, FEWER_HEADS = "GQE", "dense, all heads", "dense, the selected heads"
-TIED, TIED_HARD = "tied experts", "tied experts, hard slots alone"
+TIED_HARD = "tied experts, hard slots alone"
 WIDER_MLP, AS_LARGE = "dense, the selected heads, wider MLP", "GQE, as many parameters as dense"
 
 
@@ -109,12 +109,12 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         "router's z-loss 0.001": optimizer(router_z_loss_weight=1e-3),
         "router starts at 0": attention_of(base, router_init_std=0.0),
         "router starts at 0.2": attention_of(base, router_init_std=0.2),
-        "router's learning rate x 0.1": optimizer(router_learning_rate=0.1),
-        "router's learning rate x 10": optimizer(router_learning_rate=10.0),
+        "router's learning rate x 0.1": optimizer(router_learning_rate_factor=0.1),
+        "router's learning rate x 10": optimizer(router_learning_rate_factor=10.0),
         "experts start alike": attention_of(base, expert_init_spread=0.1),
         "router learns from hard slots": attention_of(base, straight_through=True),
         "weighted and shared slot start at 0": attention_of(base, extra_slot_scale=0.0),
-        TIED: tied(base),
+        "tied experts": tied(base),
         "tied, weighted and shared slot start at 0": tied(base, extra_slot_scale=0.0),
         TIED_HARD: tied(base, variant="hard_concat"),
         "tied, hard slots alone, from which the router learns": tied(
@@ -146,8 +146,8 @@ def cost(run: RunConfig) -> Cost:
     return Cost(count_parameters(run.model), (short, long))
 
 
-def static_cycles(run: RunConfig, chip: str = "v5e") -> tuple[float, float]:
-    """Cycles of the forward pass for a token of a sequence of 2,048 and of 32,768, on one core.
+def static_cycles(run: RunConfig) -> tuple[float, float]:
+    """Cycles of the forward pass for a token of a sequence of 2,048 and of 32,768, on a v5e.
 
     The model computes in bfloat16. The cycles are the compilers' own, of XLA's instructions and of
     the kernels, as `compile_for` adds them up.
@@ -156,7 +156,7 @@ def static_cycles(run: RunConfig, chip: str = "v5e") -> tuple[float, float]:
       ConfigError: libtpu is not installed, or the cycles of a kernel or a loop are not known, as
         where heads have fewer features than the attention kernel takes.
     """
-    topology = get_topology(f"{chip}:2x2")
+    topology = get_topology("v5e:2x2")
     found = []
     for length in LENGTHS:
         rows = len(topology.devices) * max(1, LENGTHS[-1] // length)

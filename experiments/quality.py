@@ -26,7 +26,6 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 import matplotlib.figure
@@ -136,8 +135,9 @@ def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
     """All runs of a study, seed by seed."""
     per_step = base.batch_size * base.sequence_length
     ends = tuple(round(tokens / per_step) for tokens in config.tokens)
+    models = models_of(config, base)
     for seed in range(config.seeds):
-        for name, run in models_of(config, base).items():
+        for name, run in models.items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())
             run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
             branches = ends if config.study == "tokens" else ()
@@ -156,47 +156,40 @@ def scores_of(job: Job) -> dict[int, float]:
     per_step = job.run.batch_size * job.run.sequence_length
     if not job.ends:
         return {job.run.steps * per_step: trained(job.run)}
-    return {end * per_step: trained(branch(job.run, end, max(job.ends))) for end in job.ends}
+    return {end * per_step: trained(branch(job.run, end)) for end in job.ends}
 
 
-def branch(run: RunConfig, end: int, last: int) -> RunConfig:
+def branch(run: RunConfig, end: int) -> RunConfig:
     """A run whose learning rate decays from `run`'s plateau to `end`; trains `run` up to there.
 
     The plateau is one run that is made longer each time; its state is copied where a run branches.
-
-    Args:
-      last: the last of all ends.
     """
-    warmup = round(run.optimizer.warmup_fraction * run.steps)
+    # The same whatever the ends, so that a longer study goes on.
+    constant = dataclasses.replace(run.optimizer, schedule_steps=run.steps, decay_fraction=0.0)
+    warmup, _, _ = constant.phases(run.steps)
     tied_steps = run.optimizer.tied_fraction * run.steps
     start = end - round(DECAY * end)
     if warmup > start:
         raise ConfigError(f"tokens: the warm-up has {warmup} steps; a run of {end} is too short")
-
-    def schedule(steps: int, decay: float) -> dict:
-        return {
-            "optimizer": dataclasses.replace(
-                run.optimizer,
-                schedule_steps=steps,
-                warmup_fraction=warmup / steps,
-                tied_fraction=min(tied_steps / steps, 1.0),
-                decay_fraction=decay,
-            )
-        }
-
+    decaying = dataclasses.replace(
+        run.optimizer,
+        schedule_steps=end,
+        warmup_fraction=warmup / end,
+        tied_fraction=min(tied_steps / end, 1.0),
+        decay_fraction=DECAY,
+    )
     directory = pathlib.Path(f"{run.run_dir}-{end}")
     if not directory.exists():
-        plateau = dataclasses.replace(run, steps=start, eval_batches=1, **schedule(last, 0.0))
-        trained(plateau)
+        trained(dataclasses.replace(run, steps=start, eval_batches=1, optimizer=constant))
+        saved = pathlib.Path(run.run_dir) / "checkpoints" / str(start)
         with written_whole(location(directory)) as partial:
             for path in pathlib.Path(run.run_dir).iterdir():
                 if path.name in ("config.json", "metrics.jsonl"):
                     partial.mkdir(parents=True, exist_ok=True)
                     shutil.copy(path, pathlib.Path(partial) / path.name)
-            saved = pathlib.Path(run.run_dir) / "checkpoints" / str(start)
             shutil.copytree(saved, pathlib.Path(partial) / "checkpoints" / str(start))
     return dataclasses.replace(
-        run, run_dir=str(directory), steps=end, resume_step=start, **schedule(end, DECAY)
+        run, run_dir=str(directory), steps=end, resume_step=start, optimizer=decaying
     )
 
 
@@ -247,7 +240,7 @@ def table(
     models: Mapping[str, RunConfig],
     scores: Scores,
     errors: Mapping[str, str],
-    cycles: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    cycles: Mapping[str, tuple[float, float]],
 ) -> str:
     """Markdown: each model's cost and score, and how far it is from the first, seed by seed.
 

@@ -128,6 +128,9 @@ class AttentionConfig:
         _check_positive(self, "rope_theta", "qk_norm_epsilon")
         _check_sizes(self)
         _check_not_negative(self, "router_init_std")
+        weighted = self.straight_through and self.variant == "weighted_concat"
+        remedy = "the slots of weighted_concat are weighted by the probabilities already"
+        _check(self, "straight_through", not weighted, remedy)
         for field in ("expert_init_spread", "extra_slot_scale"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         experts, groups = self.num_query_experts, self.num_kv_heads
@@ -293,8 +296,9 @@ class OptimizerConfig:
     average_decay: float | None = None
     """Decay of an exponential average of the parameters, such as 0.999, which is evaluated and
     exported in their place; None: no average."""
-    router_learning_rate: float = 1.0
-    """The router's learning rate as a multiple of that of all other parameters."""
+    router_learning_rate_factor: float = 1.0
+    """The router's learning rate as a multiple of that of all other parameters; its weight decay
+    stays the same."""
     tied_fraction: float = 0.0
     """Fraction of the schedule in which the query experts of a group are tied, at first whole and
     then less and less: of an expert's update, the mean over the group takes the place of a part
@@ -337,7 +341,7 @@ class OptimizerConfig:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight", "tied_fraction"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
-        _check_not_negative(self, "router_learning_rate")
+        _check_not_negative(self, "router_learning_rate_factor")
         _check_choice(self, "name", OptimizerName)
         _check_choice(self, "schedule", Schedule)
         fits = self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1
@@ -520,3 +524,8 @@ class RunConfig:
         divides = self.batch_size % self.accumulation_steps == 0
         remedy = f"it must be a multiple of accumulation_steps ({self.accumulation_steps})"
         _check(self, "batch_size", divides, remedy)
+        if self.optimizer.tied_fraction and self.model.attention.variant == "gqa":
+            raise ConfigError(
+                f"optimizer.tied_fraction is {self.optimizer.tied_fraction}; variant gqa has no "
+                "experts to tie: set it to 0"
+            )

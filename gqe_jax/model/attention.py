@@ -106,7 +106,9 @@ class _Attention(nnx.Module):
             (group, expert, head_dim),
             ("embed", "group", None, None),
             kernel_init=near_each_other(
-                scaled_normal(embed), (group, expert, head_dim), config.expert_init_spread
+                scaled_normal(embed),
+                (group, expert, head_dim),
+                1.0 if config.variant == "gqa" else config.expert_init_spread,
             ),
             **types,
         )

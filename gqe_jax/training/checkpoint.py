@@ -301,7 +301,10 @@ class Checkpoints:
             f"{name} is {ours!r}, the checkpoint has {theirs!r}"
             for name, (ours, theirs) in differences(config, saved).items()
             if corpus is not None or name.startswith("model.")
-            if not (restart and name.startswith("optimizer.") and name not in _STATE_SHAPES)
+            if not (restart and name.startswith("optimizer."))
+            or name in _STATE_SHAPES
+            # Without it the state has no count of its steps.
+            or (name == "optimizer.tied_fraction" and not (ours and theirs))
         ]
         main, now = (None if text is None else text.split()[0] for text in (corpus, fingerprint))
         if corpus is not None and main == now:

@@ -131,12 +131,19 @@ def tie_experts(part: optax.Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _scale_router(factor: float) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, _: jax.tree_util.tree_map_with_path(
+def _scale_router(
+    transformation: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """The same transformation, with the same state, and `factor` times the router's updates."""
+
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
+        updates, state = transformation.update(updates, state, params)
+        scaled = jax.tree_util.tree_map_with_path(
             lambda path, x: factor * x if _is_kernel_of("router", path) else x, updates
         )
-    )
+        return scaled, state
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def _is_kernel_of(name: str, path: tuple) -> bool:
@@ -157,16 +164,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     if config.name == "muon":
         scale = muon(scale, momentum_dtype=config.first_moment_dtype)
-    of_experts = []
-    if config.router_learning_rate != 1.0:
-        of_experts.append(_scale_router(config.router_learning_rate))
+    if config.router_learning_rate_factor != 1.0:
+        scale = _scale_router(scale, config.router_learning_rate_factor)
+    tie = []
     if config.tied_fraction:
         length = config.tied_fraction * config.phases(steps)[-1]
-        of_experts.append(tie_experts(optax.linear_schedule(1.0, 0.0, round(length))))
+        tie.append(tie_experts(optax.linear_schedule(1.0, 0.0, round(length))))
     return optax.chain(
         clip,
         scale,
-        *of_experts,
+        *tie,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )

@@ -61,6 +61,9 @@ def keep_if[Tree](spike: Bool[Array, ""], old: Tree, new: Tree) -> Tree:
 def keep_optimizer_if(spike: Bool[Array, ""], old: Any, new: Any) -> Any:
     """Returns what `keep_if` does, for the state of the optimizer's chain.
 
-    Its last part counts the steps of the schedule, which go on where a step is skipped.
+    The steps that its schedules have counted go on where a step is skipped.
     """
-    return (*keep_if(spike, old[:-1], new[:-1]), new[-1])
+    return tuple(
+        after if isinstance(after, optax.ScaleByScheduleState) else keep_if(spike, before, after)
+        for before, after in zip(old, new, strict=True)
+    )

@@ -115,7 +115,7 @@ def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
     assert list(scores["GQE"]) == [8 * 32 * end for end in ends]
     plateau = [line["learning_rate"] for line in read_metrics(base.run_dir) if "loss" in line]
     for end in ends:
-        run = branch(base, end, max(ends))
+        run = branch(base, end)
         start = end - round(DECAY * end)
         rates = [line["learning_rate"] for line in read_metrics(run.run_dir) if "loss" in line]
         assert rates[:start] == plateau[:start]  # one run up to there
@@ -126,6 +126,10 @@ def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
     before = [line["time"] for line in read_metrics(run.run_dir) if "time" in line]
     assert run_study(todo)[0] == scores  # trained once
     assert [line["time"] for line in read_metrics(run.run_dir) if "time" in line] == before
+    longer, _ = run_study([Job("GQE", 0, base, (*ends, 20))])
+    assert list(longer["GQE"].items())[:2] == list(scores["GQE"].items())  # it went on
+    _, errors = run_study([Job("GQE", 0, base, (12, 20))])
+    assert "is at step 16 already: give at least that" in errors["GQE, seed 0"]
     assert len(plot({"GQE": base}, scores).axes[0].containers) == 1
 
 
@@ -133,7 +137,7 @@ def test_tables_have_what_failed_and_differences_of_pairs(base):
     models = dict.fromkeys(("GQE", "dense", "not trained"), base)
     scores = {"GQE": {100: {0: 2.0, 1: 2.2}}, "dense": {100: {0: 1.9, 1: 2.0}}}
     cycles = dict.fromkeys(models, (1000.0, 2345.6))
-    rows = table(models, scores, {"dense, seed 2": "the loss is nan"}).splitlines()
+    rows = table(models, scores, {"dense, seed 2": "the loss is nan"}, {}).splitlines()
     assert rows[2].split(" | ")[4:6] == ["2.1000 ± 0.1414", "+0.0000 ± 0.0000"]
     assert rows[3].split(" | ")[5:] == ["-0.1500 ± 0.0707", "1.9000, 2.0000 |"]
     assert rows[4].endswith(" | | | | |")

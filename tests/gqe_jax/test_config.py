@@ -23,6 +23,21 @@ from gqe_jax.config_json import differences, from_dict, to_dict
     ("kind", "fields", "message"),
     [
         (AttentionConfig, {"variant": "moe"}, "variant is 'moe'; it must be one of gqe, hard_c"),
+        (
+            AttentionConfig,
+            {"variant": "weighted_concat", "straight_through": True},
+            "straight_through is True; the slots of weighted_concat are weighted",
+        ),
+        (AttentionConfig, {"expert_init_spread": 1.5}, "expert_init_spread is 1.5; .* 0 and 1"),
+        (AttentionConfig, {"extra_slot_scale": -1.0}, "extra_slot_scale is -1.0; .* 0 and 1"),
+        (
+            RunConfig,
+            {
+                "model": ModelConfig(attention=AttentionConfig(variant="gqa")),
+                "optimizer": OptimizerConfig(tied_fraction=0.5),
+            },
+            "optimizer.tied_fraction is 0.5; variant gqa has no experts",
+        ),
         (AttentionConfig, {"top_k": 3}, "top_k is 3; a group has 2 experts.*at most that"),
         (AttentionConfig, {"top_k": 0}, "top_k is 0; it must be positive"),
         (AttentionConfig, {"num_kv_heads": 3}, "num_query_experts is 16.*multiple of num_kv_h"),

@@ -259,7 +259,9 @@ def test_tied_experts_move_together_and_then_apart(name):
 
 
 def test_the_router_has_its_own_learning_rate():
-    for own, ours in zip(recipe_updates(), recipe_updates(router_learning_rate=0.1), strict=True):
+    for own, ours in zip(
+        recipe_updates(), recipe_updates(router_learning_rate_factor=0.1), strict=True
+    ):
         for path, update in own.items():
             factor = 0.1 if path.endswith("router/kernel") else 1.0
             np.testing.assert_allclose(ours[path], factor * update, rtol=1e-6, err_msg=path)

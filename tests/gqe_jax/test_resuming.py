@@ -267,6 +267,17 @@ def test_another_accumulation_is_allowed_and_said(finished, tmp_path):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-2)
 
 
+def test_a_restart_can_change_how_long_experts_are_tied_but_not_whether(corpus, tmp_path):
+    tied = with_optimizer(short(corpus, tmp_path / "tied"), tied_fraction=0.5)
+    run(tied)
+    assert "optimizer.tied_fraction is 1.0, was 0.5" in run(
+        with_optimizer(dataclasses.replace(tied, resume_step=4), tied_fraction=1.0)
+    )
+    off = with_optimizer(dataclasses.replace(tied, resume_step=8), tied_fraction=0.0)
+    with pytest.raises(ConfigError, match=r"tied_fraction is 0.0, the checkpoint has 1.0"):
+        run(off)
+
+
 def test_a_restart_from_a_step_with_another_learning_rate(finished, tmp_path):
     config = with_optimizer(copy_of(finished, tmp_path / "run"), peak_learning_rate=5e-3)
     with pytest.raises(ConfigError, match=r"peak_learning_rate is .*or --resume-step 8 to go on"):
