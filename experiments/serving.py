@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, Literal
 from unittest import mock
@@ -147,8 +147,10 @@ def count(program: Program, tree: Region, runs: Sequence[int], pages: int, *, de
     return total
 
 
-def measure(model: ModelConfig, config: ServingConfig, topology: Topology) -> Served:
-    """Compiles a layer and counts it."""
+def compile_served(
+    model: ModelConfig, config: ServingConfig, topology: Topology
+) -> tuple[str, tuple[int, ...]]:
+    """The compiled program of a step of the engine's model, and the shape of a layer's cache."""
     try:
         from tpu_inference.layers.common.attention_interface import (
             get_kv_cache_shape,
@@ -194,9 +196,15 @@ def measure(model: ModelConfig, config: ServingConfig, topology: Topology) -> Se
         abstract = jax.tree.map(lambda x: array(x.shape, x.dtype), state)
         run = jax.jit(lambda state, *rest: nnx.merge(graphdef, state)(*rest), donate_argnums=1)
         lowered = run.lower(abstract, [cache] * model.num_layers, array([config.tokens]), step)
-    clear_dump()
     text = lowered.compile().as_text()
     assert text is not None  # the compiler for TPUs gives it
+    return text, cache.shape
+
+
+def measure(model: ModelConfig, config: ServingConfig, topology: Topology) -> Served:
+    """Compiles a layer and counts it."""
+    clear_dump()
+    text, cache = compile_served(model, config, topology)
     program = hlo.parse(text)
     xla, kernels = cycles(program), {"prefill": 0, "decode": 0}
     directory = dump_directory()
@@ -213,7 +221,7 @@ def measure(model: ModelConfig, config: ServingConfig, topology: Topology) -> Se
                     continue
                 loops = block_loops(x.name, config, decode=decode)
                 kernels[kind] += count(schedule, tree, *loops, decode=decode)
-    token_bytes = int(np.prod(cache.shape[2:])) * 2
+    token_bytes = int(np.prod(cache[2:])) * 2
     around = sum(part.cycles for (name, _), part in xla.parts.items() if name == "attention")
     attention = model.attention
     name = "gqa" if attention.variant == "gqa" else f"{attention.variant}, k = {attention.top_k}"
@@ -237,18 +245,23 @@ def table(rows: Sequence[Served], config: ServingConfig) -> str:
     return "\n".join(lines)
 
 
-def run(config: ServingConfig) -> list[Served]:
-    """Compiles all variants, and prints their table."""
-    model, topology = find_config(config.config).model, get_topology(config.slice)
-    rows = []
+def models(config: ServingConfig) -> Iterator[ModelConfig]:
+    """What is compared, each with one layer."""
+    model = find_config(config.config).model
     for variant in config.variant:
         for k in config.top_k if variant != "gqa" else (1,):
             attention = dataclasses.replace(model.attention, variant=variant, top_k=k)
-            one = dataclasses.replace(
+            yield dataclasses.replace(
                 model, attention=attention, num_layers=1, dtype="bfloat16", remat="keep_everything"
             )
-            rows.append(measure(one, config, topology))
-            print(rows[-1], file=sys.stderr, flush=True)
+
+
+def run(config: ServingConfig) -> list[Served]:
+    """Compiles all variants, and prints their table."""
+    topology, rows = get_topology(config.slice), []
+    for model in models(config):
+        rows.append(measure(model, config, topology))
+        print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows, config))
     return rows
 

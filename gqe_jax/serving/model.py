@@ -6,6 +6,7 @@ imported in a call: the module itself needs none.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -54,6 +55,10 @@ class GroupedQueryExpertsForCausalLM(nnx.Module):
 
         mlp = Axis.MLP_TENSOR
         return {"group": Axis.ATTN_HEAD, "mlp": mlp, "mlp_rows": mlp, "vocab": Axis.VOCAB}
+
+    def modules(self) -> Iterator[Any]:
+        """No PyTorch module, for which the engine asks when it ends."""
+        return iter(())
 
     def paged_attention(self, cache: jax.Array, *operands: Any, **arguments: Any) -> Any:
         """The engine's attention: the pages with the new keys and values, and the outputs."""

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import serving
+from gqe_jax.compile_for.topology import get_topology
 from gqe_jax.generation import Generator
 from gqe_jax.serving.model import GroupedQueryExpertsForCausalLM
 from gqe_jax.serving.paged import cache_heads
@@ -202,16 +204,18 @@ def test_64_decoded_tokens_are_the_generators(k, shards, tmp_path, monkeypatch):
         assert np.argmax(got, axis=-1).tolist() == row
 
 
-def test_the_engine_answers_requests(tmp_path):
+@pytest.mark.parametrize(("k", "shards"), [(1, 1), (2, 2)])
+def test_the_engine_answers_requests(k, shards, tmp_path):
     """Its scheduler, loader and runner, by way of its API, in a process of its own."""
-    config = dataclasses.replace(MODEL, tied_embedding=False)
+    attention = dataclasses.replace(ATTENTION, top_k=k)
+    config = dataclasses.replace(MODEL, attention=attention, tied_embedding=False)
     directory = pages.export(tmp_path / "exported", original(config))
     prompts = [prompt.tolist() for prompt in random_prompts(5, 89)]
     rows = [[], []]
     for row, token in Generator(original(config)).stream(prompts, max_tokens=16):
         rows[row].append(token)
     program = REPOSITORY / "tests" / "gqe_jax" / "engine.py"
-    command = [sys.executable, program, directory, 1, 16]
+    command = [sys.executable, program, directory, shards, 16]
     command += [",".join(map(str, prompt)) for prompt in prompts]
     done = subprocess.run(
         [*map(str, command)],
@@ -220,6 +224,18 @@ def test_the_engine_answers_requests(tmp_path):
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
     answers = re.search(r"^answers (.*)$", done.stdout, re.MULTILINE)
     assert answers is not None, done.stderr[-3000:]
     assert json.loads(answers[1]) == rows
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("index", range(3), ids=["gqa", "gqe-1", "gqe-2"])
+def test_a_layer_compiles_with_the_engines_kernel(index):
+    """Ahead of time; the benchmark compiles for v5e, too."""
+    config = serving.ServingConfig("gqe_250m", "v6e:2x2")
+    model = list(serving.models(config))[index]
+    text, _ = serving.compile_served(model, config, get_topology(config.slice))
+    assert re.search(r'%RPA.* custom-call.*custom_call_target="tpu_custom_call"', text)
