@@ -2,9 +2,8 @@
 
     python -m experiments.compiled slices
     python -m experiments.compiled context
-    python -m experiments.compiled attention
 
-Each row is `python train.py NAME --compile-for SLICE ...`, a minute or two on two cores. What has
+Each row is `python train.py NAME --compile-for SLICE ...`, minutes on two cores. What has
 been compiled is kept, so that an interrupted table continues; delete the file to begin anew.
 """
 
@@ -24,20 +23,15 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError
 from gqe_kernels.chips import GIB
 
-Table = Literal["slices", "context", "attention"]
+Table = Literal["slices", "context"]
 Figures = dict[str, Any] | str  # where the step does not fit, the first line of the message
-CONFIGURATIONS = (
-    *("gqe_250m", "gqa_250m", "gqe_1b", "gqa_1b", "gqe_7b", "gqe_7b_top2", "gqa_7b"),
-    "gqe_7b_128k",
-)
-SLICES = (("v5e:16x16", 1), ("v6e:16x16", 1), ("v5p:4x4x8", 1), ("v5p:4x4x8", 2))
+CONFIGURATIONS = ("gqe_250m", "gqa_250m", "gqe_7b")
+SLICES = ("v5e:16x16", "v5p:4x4x8")
 # Slices of v5p with eight chips for each shard of the sequence, and the last with few sequences.
 CONTEXT = (
     *((1, 8, "v5p:2x2x2"), (2, 8, "v5p:2x2x4"), (4, 8, "v5p:2x4x4"), (8, 8, "v5p:4x4x4")),
     *((16, 8, "v5p:4x4x8"), (64, 2, "v5p:4x4x8")),
 )
-# Length, sequences of it in 4.2M tokens, and the context axis.
-LENGTHS = ((2048, 2048, 1), (8192, 512, 1), (32_768, 128, 4), (131_072, 32, 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +39,8 @@ class CompiledConfig:
     """Compile the rows of a table that are missing, and print it."""
 
     table: Annotated[Table, tyro.conf.Positional]
-    """`slices`: every configuration on every slice. `context`: the long-context configuration as
-    the context axis grows. `attention`: gqe_7b beside gqa_7b as sequences grow."""
+    """`slices`: the configurations on slices. `context`: the long-context one as the context axis
+    grows."""
     kept: pathlib.Path = pathlib.Path("docs/compiled.json")
     """What has been compiled, by command."""
 
@@ -72,7 +66,7 @@ def compile_by_command(*arguments: str) -> Figures:
 
 def quoted(figures: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a step's figures; the command says the rest."""
-    memory, estimate = figures["memory"], figures["estimate"]
+    memory, estimate, scheduled = (figures[x] for x in ("memory", "estimate", "scheduled"))
     times = ("seconds", "tokens_per_second", "model_flop_utilisation", "bound_by")
     return {
         "mesh": {axis: size for axis, size in figures["mesh"].items() if size > 1},
@@ -86,6 +80,7 @@ def quoted(figures: dict[str, Any]) -> dict[str, Any]:
             for each in figures["collectives"]
         },
         "estimate": {name: estimate[name] for name in times},
+        "scheduled": {name: x for name, x in scheduled.items() if name != "overlapped"},
     }
 
 
@@ -117,35 +112,35 @@ def run_table(
             part.replace(config.kept)
         return kept["compiled"][command]
 
-    rows = {"slices": _slices, "context": _context, "attention": _attention}[config.table]
+    rows = {"slices": _slices, "context": _context}[config.table]
     return "\n".join(rows(figures))
 
 
 def _slices(compiled: Callable[..., Figures]) -> Iterator[str]:
     yield (
-        "| configuration | slices | mesh | state | temporaries | peak of HBM | products | kernels "
-        "| at best | bound by |"
+        "| configuration | slice | mesh | state | peak of HBM | at best | XLA | kernels | exposed "
+        "| as scheduled |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for name in CONFIGURATIONS:
-        for topology, count in SLICES:
-            several = ("--num-slices", str(count)) if count > 1 else ()
-            found = compiled(name, "--compile-for", topology, *several)
-            place = f"`{name}` | {f'{count} × ' if count > 1 else ''}{topology}"
+        for topology in SLICES:
+            found = compiled(name, "--compile-for", topology)
+            place = f"`{name}` | {topology}"
             if isinstance(found, str):
                 yield f"| {place} | {found} |" + " |" * 7
                 continue
-            memory, guess = found["memory"], found["estimate"]
-            products, kernels = (found[f"{kind}_flops"] / 1e12 for kind in ("product", "kernel"))
+            memory, guess, scheduled = found["memory"], found["estimate"], found["scheduled"]
             axes = (f"{axis} {size}" for axis, size in found["mesh"].items())
             state = (memory["parameters"] + memory["optimizer"]) / GIB
+            kernels, total = f"{scheduled['kernels']:.3f} s", f"{scheduled['seconds']:.3f} s"
+            total += f", {scheduled['tokens_per_second'] / 1e3:,.0f}k tokens/s"
+            if scheduled["not_counted"]:
+                kernels, total = f"not counted: {', '.join(scheduled['not_counted'])}", ""
             yield (
                 f"| {place} | {', '.join(axes)} | {state:.1f} GiB "
-                f"| {memory['temporaries'] / GIB:.1f} GiB "
                 f"| {memory['peak'] / GIB:.1f} of {found['hbm_bytes_of_chip'] / GIB:.0f} GiB "
-                f"| {products:.0f} TFLOP | {kernels:.0f} TFLOP "
-                f"| {guess['seconds']:.2f} s, {guess['tokens_per_second'] / 1e3:,.0f}k tokens/s, "
-                f"{guess['model_flop_utilisation']:.0%} of the peak | {guess['bound_by']} |"
+                f"| {guess['seconds']:.3f} s, {guess['bound_by']} | {scheduled['xla']:.3f} s "
+                f"| {kernels} | {scheduled['exposed']:.3f} s | {total} |"
             )
 
 
@@ -165,29 +160,6 @@ def _context(compiled: Callable[..., Figures]) -> Iterator[str]:
         yield (
             f"| {context} | {fsdp} | {topology} | {peak:.1f} GiB | {peak * context:.0f} GiB "
             f"| {found['kernel_flops'] / 1e12:.0f} TFLOP |"
-        )
-
-
-def _attention(compiled: Callable[..., Figures]) -> Iterator[str]:
-    yield (
-        "| tokens | attention, GQE | attention, dense | ratio | step, GQE | step, dense | ratio |"
-        "\n|---|---|---|---|---|---|---|"
-    )
-    for length, batch, context in LENGTHS:
-        flops, seconds = [], []
-        for name in ("gqe_7b", "gqa_7b"):
-            found = compiled(
-                *(name, "--compile-for", "v5p:4x4x8", "--sequence-length", str(length)),
-                *("--batch-size", str(batch), "--mesh.fsdp", str(32 if context < 16 else 8)),
-                *("--mesh.context", str(context), "--mesh.data", "-1"),
-                *("--accumulation-steps", str(4 if context < 16 else 2)),
-            )
-            flops.append(found["kernel_flops"] / 1e12)
-            seconds.append(found["estimate"]["seconds"])
-        yield (
-            f"| {length:,} | {flops[0]:.0f} TFLOP | {flops[1]:.0f} TFLOP "
-            f"| {flops[1] / flops[0]:.2f} | {seconds[0]:.2f} s | {seconds[1]:.2f} s "
-            f"| {seconds[1] / seconds[0]:.2f} |"
         )
 
 

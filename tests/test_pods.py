@@ -130,7 +130,7 @@ def test_a_run_is_started_and_the_connection_let_go(tmp_path):
     os.kill(int(result.stdout), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("table", ["slices", "context", "attention"])
+@pytest.mark.parametrize("table", ["slices", "context"])
 def test_the_tables_are_what_was_compiled(table):
     def not_kept(*arguments):
         raise AssertionError(f"docs/compiled.json lacks a row: {arguments}")
