@@ -32,6 +32,12 @@ CONTEXT = (
     *((1, 8, "v5p:2x2x2"), (2, 8, "v5p:2x2x4"), (4, 8, "v5p:2x4x4"), (8, 8, "v5p:4x4x4")),
     *((16, 8, "v5p:4x4x8"), (64, 2, "v5p:4x4x8")),
 )
+# What the tables show of a step's figures, by section.
+QUOTED = {
+    "memory": ("parameters", "optimizer", "peak"),
+    "estimate": ("seconds", "bound_by"),
+    "scheduled": ("xla", "kernels", "exposed", "seconds", "tokens_per_second", "not_counted"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +72,11 @@ def compile_by_command(*arguments: str) -> Figures:
 
 def quoted(figures: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a step's figures; the command says the rest."""
-    memory, estimate, scheduled = (figures[x] for x in ("memory", "estimate", "scheduled"))
-    times = ("seconds", "tokens_per_second", "model_flop_utilisation", "bound_by")
     return {
         "mesh": {axis: size for axis, size in figures["mesh"].items() if size > 1},
         "hbm_bytes_of_chip": figures["hbm_bytes_of_chip"],
-        "memory": {name: size for name, size in memory.items() if name != "largest"},
-        "product_flops": figures["product_flops"],
         "kernel_flops": sum(figures["kernel_flops"].values()),
-        "hbm_traffic_bytes": figures["hbm_traffic_bytes"],
-        "collective_bytes": {
-            f"{each['kind']} over {each['axes']}": round(each["bytes"])
-            for each in figures["collectives"]
-        },
-        "estimate": {name: estimate[name] for name in times},
-        "scheduled": {name: x for name, x in scheduled.items() if name != "overlapped"},
+        **{of: {name: figures[of][name] for name in names} for of, names in QUOTED.items()},
     }
 
 

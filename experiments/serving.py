@@ -150,7 +150,11 @@ def count(program: Program, tree: Region, runs: Sequence[int], pages: int, *, de
 def compile_served(
     model: ModelConfig, config: ServingConfig, topology: Topology
 ) -> tuple[str, tuple[int, ...]]:
-    """The compiled program of a step of the engine's model, and the shape of a layer's cache."""
+    """The compiled program of a step of the engine's model, and the shape of a layer's cache.
+
+    Raises:
+      UserError: the engine is not installed.
+    """
     try:
         from tpu_inference.layers.common.attention_interface import (
             get_kv_cache_shape,

@@ -1,6 +1,7 @@
 """Cycles of kernels whose regions are found by their order, on schedules made by hand."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -120,6 +121,39 @@ def test_geometry_comes_from_the_windows():
         2048, 256, 512, batch=2, diagonal_first=False
     )
     assert scheduled_runs("mlp", windows(1, 2048, 2048)) is None
+
+
+def projection(parts: int, shared: bool, routes: bool) -> Program:
+    """Two sequences of 1,024 tokens in blocks of 512; 512 lanes of queries, in parts."""
+    wide = 6 if shared else 3
+    tokens = ((1, 512, 64), (2, 1024, 64))
+    outputs = dict.fromkeys(range(wide), tokens)
+    outputs |= dict.fromkeys(range(wide, wide + 2 * routes), ((1, 1, 4, 512), (2, 1, 4, 1024)))
+    weights = {1: ((64, 512 // parts), (64, 512))} if parts > 1 else {}
+    return Program("gqe_project.1", "custom-call", (), (), (), {0: tokens} | weights, outputs)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_projection_in_parts_has_the_regions_of_its_grid(parts):
+    steps = list(itertools.product(range(2), range(2), range(parts)))
+    first = sum(part == 0 for _, _, part in steps)
+    added = sum(part > 0 for _, _, part in steps)
+    last = sum(part == parts - 1 for _, _, part in steps)
+    runs = {"grid": len(steps), "narrow": first}
+    assert scheduled_runs("gqe_project", projection(parts, False, True)) == runs
+    runs |= {"start_sums": first, "add_sums": added, "finish_sums": last}
+    assert scheduled_runs("gqe_project", projection(parts, True, True)) == runs
+    dense = scheduled_runs("gqe_project", projection(parts, False, False))
+    assert dense == {"grid": len(steps)}
+    trips = len(steps) + 2  # the pipeline's first and last copies
+    program, tree = schedule(trips, (1000, True), (10, False), (20, False), (30, False))
+    expected = OUTSIDE + trips * (LOOP + COPIES + STEP)
+    expected += first * (1000 + 10) + added * 20 + last * 30
+    assert call_cycles(program, tree, runs, cores=1) == expected
+
+
+def test_a_projection_in_one_part_has_no_regions():
+    assert scheduled_runs("gqe_project", projection(1, True, True)) is None
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from gqe_kernels.cycles.bundles import Program, Region, ScheduleError
 PIPELINE_STEPS = 2
 # The pipeline has small conditional regions of its own.
 _NEGLIGIBLE = 0.05
-# Functions under `pl.when` that have no matrix products; all others have: `start` and `finish` of
-# this project's kernels, `init` and `end` of splash attention's.
-_WITHOUT_PRODUCTS = re.compile(r"(start|finish)(_.*)?|init|end")
+# Functions under `pl.when` that have no matrix products; all others have: `start`, `add` and
+# `finish` of this project's kernels, `init` and `end` of splash attention's.
+_WITHOUT_PRODUCTS = re.compile(r"(start|add|finish)(_.*)?|init|end")
 
 
 def kernel_name(instruction: str) -> str:

@@ -78,7 +78,22 @@ def scheduled_runs(kernel: str, program: Program) -> Mapping[str, int] | None:
         window = _windows(program, 1)[0]
         (_, block_q, _), (batch, length, _) = window
         return {"grid": batch * -(-length // block_q)}
+    if kernel == "gqe_project" and 1 in program.inputs:
+        return _scheduled_projection(program)
     return None
+
+
+def _scheduled_projection(program: Program) -> dict[str, int]:
+    """Of the kernel that reads its weights in several parts; in one, it has no regions."""
+    ((_, block, _), (batch, length, _)), ((_, part), (_, lanes)) = _windows(program, 2)
+    blocks, parts = batch * -(-length // block), lanes // part
+    runs = {"grid": blocks * parts}
+    if len(program.outputs) > 3:  # more than queries, keys and values
+        runs["narrow"] = blocks
+    wide = [whole for _, whole in program.outputs.values() if len(whole) == 3]
+    if len(wide) == 6:  # the shared query, and the means of keys and values
+        runs |= {"start_sums": blocks, "add_sums": blocks * (parts - 1), "finish_sums": blocks}
+    return runs
 
 
 def _scheduled_forward(program: Program) -> dict[str, int]:
