@@ -57,9 +57,15 @@ def of_equal_cost(base: RunConfig) -> Mapping[str, RunConfig]:
 
 
 def of_experts(base: RunConfig, experts: tuple[int, ...] = (2, 4, 8)) -> Mapping[str, RunConfig]:
-    """GQE with so many experts in each group, of which as many as in `base` are selected."""
+    """GQE with so many experts in each group, of which as many as in `base` are selected.
+
+    First dense with the selected heads alone, then the recipe of `base`, then experts that are tied
+    at first, with hard slots alone.
+    """
     groups = base.model.attention.num_kv_heads
-    return {f"M = {m}": attention_of(base, num_query_experts=m * groups) for m in experts}
+    more = {f"M = {m}": attention_of(base, num_query_experts=m * groups) for m in experts}
+    hard = {f"{name}, {TIED_HARD}": tied(run, variant="hard_concat") for name, run in more.items()}
+    return {FEWER_HEADS: of_equal_cost(base)[FEWER_HEADS]} | more | hard
 
 
 def of_sizes(base: RunConfig) -> Mapping[str, RunConfig]:

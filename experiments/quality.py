@@ -3,14 +3,15 @@
     python -m experiments.quality cost --seeds 3
     python -m experiments.quality tokens --seeds 3
     python -m experiments.quality sizes
-    python -m experiments.quality experts
+    python -m experiments.quality experts --tokens 1000000 2000000 4000000
     python -m experiments.quality recipe --seeds 5
 
-`cost` has dense models that cost as much as GQE. `tokens` asks whether the gap closes: one run of
-each model with a constant learning rate, from which runs branch off that decay it, so that each
-number of tokens has a finished run. `sizes` has three widths with tokens in proportion, `experts`
-more experts of which as many are selected (all are projected), `recipe` one change of the recipe at
-a time.
+`cost` has dense models that cost as much as GQE. `tokens` asks whether the gap closes. `sizes` has
+three widths with tokens in proportion, `experts` more experts of which as many are selected (all
+are projected), `recipe` one change of the recipe at a time.
+
+With `--tokens`, each model has one run with a constant learning rate, from which runs branch off
+that decay it, so that each number of tokens has a finished run.
 
 All models of a seed read the same batches. A run that is there already is not trained again, and
 one that was stopped goes on. The scores go to STUDY.json in the output directory, with a table and
@@ -56,6 +57,8 @@ from gqe_jax.storage import location, write_whole
 
 Study = Literal["cost", "tokens", "sizes", "experts", "recipe"]
 STUDIES = {"cost": of_equal_cost, "sizes": of_sizes, "experts": of_experts, "recipe": of_recipes}
+# Of the study `tokens`, if no others are given.
+TOKENS = 500_000, 1_000_000, 2_000_000, 4_000_000
 # Of the steps of a run that branches off, those with a decaying learning rate.
 DECAY = 0.2
 
@@ -73,9 +76,10 @@ class QualityConfig:
     seeds: int = 3
     """Runs of each model, with seeds from 0; with no runs, the table has the costs alone."""
     steps: int | None = None
-    """Steps of a run; None: the configuration's. Not for `tokens`."""
-    tokens: tuple[int, ...] = (500_000, 1_000_000, 2_000_000, 4_000_000)
-    """Tokens of the finished runs of `tokens`, ascending."""
+    """Steps of a run; None: the configuration's. Not with `tokens`."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of finished runs that branch off one, ascending; none: each run has `steps`, and the
+    study `tokens` has 0.5M, 1M, 2M and 4M tokens."""
     workers: int = 1
     """Runs at a time, each in a process of its own if there are more than one."""
     cycles: bool = False
@@ -93,10 +97,19 @@ class QualityConfig:
         for field, least in (("seeds", 0), ("workers", 1)):
             if (value := getattr(self, field)) < least:
                 raise ConfigError(f"{field} is {value}; it must be at least {least}")
-        if self.study == "tokens" and self.steps is not None:
-            raise ConfigError(f"steps is {self.steps}; the study `tokens` takes --tokens")
-        if not self.tokens or list(self.tokens) != sorted(set(self.tokens)):
+        if self.ends and self.steps is not None:
+            raise ConfigError(f"steps is {self.steps}; the runs end at the numbers of --tokens")
+        if self.study == "sizes" and self.tokens:
+            raise ConfigError(
+                f"tokens is {self.tokens}; in `sizes` they are in proportion to parameters"
+            )
+        if list(self.tokens) != sorted(set(self.tokens)):
             raise ConfigError(f"tokens is {self.tokens}; give numbers in ascending order")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens at which runs that branch off end; empty: no runs branch off."""
+        return self.tokens or (TOKENS if self.study == "tokens" else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +147,15 @@ def models_of(config: QualityConfig, base: RunConfig) -> Mapping[str, RunConfig]
 def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
     """All runs of a study, seed by seed."""
     per_step = base.batch_size * base.sequence_length
-    ends = tuple(round(tokens / per_step) for tokens in config.tokens)
+    ends = tuple(round(tokens / per_step) for tokens in config.ends)
     models = models_of(config, base)
     for seed in range(config.seeds):
         for name, run in models.items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())
             run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
-            branches = ends if config.study == "tokens" else ()
-            last = max(branches, default=run.steps)
+            last = max(ends, default=run.steps)
             changed = dataclasses.replace(run, run_dir=str(run_dir), seed=seed, eval_every=last)
-            yield Job(name, seed, changed, branches)
+            yield Job(name, seed, changed, ends)
 
 
 def scores_of(job: Job) -> dict[int, float]:
@@ -163,6 +175,9 @@ def branch(run: RunConfig, end: int) -> RunConfig:
     """A run whose learning rate decays from `run`'s plateau to `end`; trains `run` up to there.
 
     The plateau is one run that is made longer each time; its state is copied where a run branches.
+
+    Raises:
+      ConfigError: the warm-up is longer than the plateau, or the plateau is past the branch.
     """
     # The same whatever the ends, so that a longer study goes on.
     constant = dataclasses.replace(run.optimizer, schedule_steps=run.steps, decay_fraction=0.0)

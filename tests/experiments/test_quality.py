@@ -51,9 +51,13 @@ def test_widened_models_cost_as_much_and_are_as_large_to_a_column():
 
 
 def test_more_experts_cost_their_weights_alone():
-    few, _, many = contenders.of_experts(TINY).values()
-    extra = matmul(many) - matmul(few)
-    assert extra == 4 * 2 * 128 * (24 * 16 + 24)  # projections and router columns of 24 experts
+    models = contenders.of_experts(TINY)
+    extra = 4 * 2 * 128 * (24 * 16 + 24)  # projections and router columns of 24 experts
+    for recipe in ("", f", {contenders.TIED_HARD}"):
+        assert matmul(models[f"M = 8{recipe}"]) - matmul(models[f"M = 2{recipe}"]) == extra
+    assert models["M = 2"] == contenders.attention_of(TINY)
+    fewer = contenders.of_equal_cost(TINY)[contenders.FEWER_HEADS]
+    assert models[contenders.FEWER_HEADS] == fewer
 
 
 def matmul(run):
@@ -105,6 +109,16 @@ def test_a_study_trains_the_models_that_are_named(base):
     assert [job.name for job in jobs(config, base)] == [contenders.DENSE] * 2
     with pytest.raises(ConfigError, match="models has 'dens'; it must be among 'GQE'"):
         list(jobs(QualityConfig("cost", models=("dens",)), base))
+
+
+def test_any_study_but_that_of_sizes_has_runs_by_tokens(base):
+    per_step = base.batch_size * base.sequence_length
+    for study in ("cost", "tokens", "experts", "recipe"):
+        config = QualityConfig(study, tokens=(5 * per_step, 10 * per_step))
+        assert {job.ends for job in jobs(config, base)} == {(5, 10)}
+    ends = tuple(round(tokens / per_step) for tokens in (5e5, 1e6, 2e6, 4e6))
+    assert {job.ends for job in jobs(QualityConfig("tokens"), base)} == {ends}
+    assert {job.ends for job in jobs(QualityConfig("experts"), base)} == {()}
 
 
 def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
@@ -161,7 +175,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(base):
     [
         ({"config": "gqa_250m"}, "its router must select"),
         ({"seeds": -1}, "seeds is -1"),
-        ({"study": "tokens", "steps": 5}, "takes --tokens"),
+        ({"study": "tokens", "steps": 5}, "steps is 5; the runs end at the numbers of --tokens"),
+        ({"tokens": (1, 2), "steps": 5}, "steps is 5"),
+        ({"study": "sizes", "tokens": (1, 2)}, "in proportion"),
         ({"tokens": (2, 1)}, "ascending"),
     ],
 )
