@@ -73,7 +73,7 @@ def trained(config: RunConfig) -> float:
     train(config)
     scored = [line for line in read_metrics(config.run_dir) if "eval_loss" in line]
     if not scored or scored[-1]["step"] < config.steps:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"{config.run_dir} was stopped; the same command goes on")
     return scored[-1]["eval_bits_per_byte"]
 
 
@@ -90,10 +90,7 @@ def table(scores: dict[str, list[float]]) -> str:
 def main() -> None:
     """The command line."""
     config = parse(AblationConfig, sys.argv[1:], prog="ablation", description=__doc__)
-    try:
-        print(table(run_command(lambda: run_ablation(config))))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    print(table(run_command(lambda: run_ablation(config))))
 
 
 if __name__ == "__main__":

@@ -331,10 +331,7 @@ def main() -> None:
     cycles = run_command(
         lambda: {name: static_cycles(run) for name, run in models.items() if config.cycles}
     )
-    try:
-        scores, errors = run_command(lambda: run_study(todo, config.workers))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    scores, errors = run_command(lambda: run_study(todo, config.workers))
     output = config.output / f"{config.study}.json"
     document = {
         "command": " ".join(sys.argv[1:]),

@@ -144,10 +144,7 @@ def main() -> None:
     config = parse(UpcyclingConfig, sys.argv[1:], prog="upcycling", description=__doc__)
     # The same steps are compiled for every seed.
     jax.config.update("jax_compilation_cache_dir", str(config.output.absolute() / "compiled"))
-    try:
-        print(table(run_command(lambda: run_upcycling(config))))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    print(table(run_command(lambda: run_upcycling(config))))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def _expand_home(value: Any) -> Any:
 def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> Any:
     """Calls `function`; a `UserError` ends the program with its message and status 1.
 
-    So does a failure of files that a user can mend, such as a full disk (`storage.explain`). SIGINT
-    ends it with a line and status 130.
+    So does a failure of files that a user can mend, such as a full disk (`storage.explain`).
+    SIGINT ends it with a line and status 130; so does a `KeyboardInterrupt`, with its own message.
 
     Args:
       function: what the command does.
@@ -78,8 +78,8 @@ def run_command(function: Callable[[], Any], *, all_processes: bool = False) -> 
         if all_processes:
             processes.join()
         return function()
-    except KeyboardInterrupt:
-        print("SIGINT: stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "SIGINT: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         mendable = str(error) if isinstance(error, UserError) else explain(error)

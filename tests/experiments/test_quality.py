@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import CONFIGS
-from experiments import contenders
+from experiments import ablation, contenders
 from experiments.quality import DECAY, Job, QualityConfig, branch, jobs, plot, run_study, table
+from gqe_jax.commands import run_command
 from gqe_jax.config import ConfigError
 from gqe_jax.data import open_corpus, training_batches
 from gqe_jax.model.flops import matmul_flops_per_token
@@ -168,6 +169,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(base):
     scores, errors = run_study([Job("wrong", 0, wrong), Job("right", 0, right)])
     assert list(scores) == ["right"]
     assert "is 7; it must be a multiple" in errors["wrong, seed 0"]
+
+
+def test_a_study_that_is_stopped_says_that_it_goes_on(base, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "train", lambda run: None)
+    monkeypatch.setattr(ablation, "read_metrics", lambda run_dir: [{"step": 3, "eval_loss": 1.0}])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: run_study([Job("GQE", 0, base)]))
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == f"{base.run_dir} was stopped; the same command goes on\n"
 
 
 @pytest.mark.parametrize(
