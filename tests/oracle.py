@@ -1,12 +1,12 @@
 """An independent Grouped Query Experts, written from arXiv 2606.20945: float64, head by head.
 
-`xp` is NumPy for values, or `jax.numpy` under `jax.enable_x64` for gradients of the same lines.
+`xp` is NumPy for values, or autograd's NumPy for gradients of the same lines: nothing of JAX.
 """
 
 from types import ModuleType
 
-import jax
-import jax.numpy as jnp
+import autograd
+import autograd.numpy
 import numpy as np
 
 
@@ -162,7 +162,8 @@ def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
         return xp.einsum("btsd,sde->bte", slots, params["out"]), 0.0
 
     p = router(xp, params, x)
-    selected = xp.take_along_axis(p, index, axis=-1)
+    b, t, g, _ = np.ogrid[tuple(map(slice, index.shape))]
+    selected = p[b, t, g, index]
 
     extra = {}
     if config.variant == "gqe":
@@ -188,7 +189,6 @@ def layer(xp: ModuleType, config, params, x, index, segment_ids=None):
 
 
 def gradients(function, arguments):
-    """Gradients of `function(jnp, *arguments)` in float64; `arguments` is a tuple of trees."""
-    with jax.enable_x64(True):
-        arguments = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments)
-        return jax.tree.map(np.asarray, jax.jit(jax.grad(lambda a: function(jnp, *a)))(arguments))
+    """Gradients of `function(xp, *arguments)`; `arguments` is a tuple of float64 trees."""
+    every = tuple(range(len(arguments)))
+    return autograd.grad(lambda *a: function(autograd.numpy, *a), every)(*arguments)
