@@ -3,18 +3,21 @@
     python -m experiments.cycles gqe_250m v5e:4x4 --batch-size 128 --mesh.data 16
     python -m experiments.cycles gqe_250m v5e:2x2 --layer True
     python -m experiments.cycles gqe_250m v6e:2x2 --layer True --backward True
+    python -m experiments.cycles gqe_250m v5e:2x2 --layer True \\
+        --splash-blocks 1024 1024 512 1024 1024 1024
 
 The program is compiled ahead of time; nothing runs. XLA's instructions carry the compiler's own
 estimate, and a Pallas kernel its static schedule: a model that compares programs on one chip, and
 no measurement. A layer is the configuration's attention on one chip of the slice, beside the dense
-one of the same heads.
+one of the same heads. With `--splash-blocks`, a dense layer that a user of Flax would write stands
+beside them: projections and rotary embedding in plain JAX, and JAX's splash attention.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -23,11 +26,12 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
+from experiments.plain import VMEM, PlainAttention, blocks_of, check_blocks, runs_of_splash
 from gqe_jax.commands import parse, run_command
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.cycle_table import as_json, table
 from gqe_jax.compile_for.cycles import Cycles, cycles
-from gqe_jax.compile_for.kernel_cycles import KernelCycles, clear_dump, kernel_cycles
+from gqe_jax.compile_for.kernel_cycles import KernelCycles, Runs, clear_dump, kernel_cycles
 from gqe_jax.compile_for.program import compile_step
 from gqe_jax.compile_for.topology import Topology, get_topology
 from gqe_jax.config import AttentionConfig, ConfigError, MeshConfig, RunConfig
@@ -35,6 +39,7 @@ from gqe_jax.model.attention import make_attention
 from gqe_jax.runs import find_config, named_configs
 from gqe_jax.sharding import OnMesh, make_mesh
 from gqe_kernels.chips import Chip
+from gqe_kernels.cycles.runs import scheduled_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,9 @@ class CyclesOptions:
     """Tokens of all sequences; of a layer."""
     backward: bool = False
     """Forward and backward pass of the layer, not the forward pass alone."""
+    splash_blocks: tuple[int, ...] = ()
+    """Six block sizes of splash attention: q, kv and kv_compute of the forward pass, and of the
+    backward pass in one kernel. With them a layer of plain Flax is counted, too."""
     json: pathlib.Path | None = None
     """A file for the figures."""
 
@@ -56,6 +64,9 @@ class CyclesOptions:
         for length in self.length:
             if length < 1 or self.tokens % length:
                 raise ConfigError(f"length is {length}; it must divide tokens, {self.tokens}")
+            if self.splash_blocks:
+                blocks_of(self.splash_blocks, length)
+        check_blocks(self.splash_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +100,58 @@ def count_layer(
 ) -> Counted:
     """The cycles of one layer on one chip, in bfloat16 with float32 parameters."""
     layer = nnx.eval_shape(lambda: make_attention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+    def call(layer: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        y, aux, _ = layer(x)
+        return y, aux
+
+    name = f"{config.variant} layer, {batch} x {length:,}"
+    x = (batch, length, config.embed_dim)
+    return _count_module(name, layer, call, x, topology, backward=backward)
+
+
+def count_plain(
+    config: AttentionConfig,
+    topology: Topology,
+    batch: int,
+    length: int,
+    splash_blocks: Sequence[int],
+    *,
+    backward: bool,
+) -> Counted:
+    """The same of a dense layer in plain Flax with splash attention at these block sizes."""
+    blocks = blocks_of(splash_blocks, length)
+    layer = nnx.eval_shape(
+        lambda: PlainAttention(config, blocks, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    heads = config.num_query_experts, config.num_kv_heads
+    return _count_module(
+        f"plain Flax and splash, {batch} x {length:,}",
+        layer,
+        lambda layer, x: (layer(x), None),
+        (batch, length, config.embed_dim),
+        topology,
+        backward=backward,
+        runs=runs_of_splash(batch, length, *heads, blocks),
+        compiler_options=VMEM,
+    )
+
+
+def _count_module(
+    name: str,
+    layer: nnx.Module,
+    call: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+    shape: tuple[int, ...],
+    topology: Topology,
+    *,
+    backward: bool,
+    runs: Runs = scheduled_runs,
+    compiler_options: Mapping[str, str] | None = None,
+) -> Counted:
     graphdef, params = nnx.split(layer)
 
     def forward(params: nnx.State, x: jax.Array) -> tuple[jax.Array, Any]:
-        y, aux, _ = nnx.merge(graphdef, params)(x)
-        return y, aux
+        return call(nnx.merge(graphdef, params), x)
 
     def both(params: nnx.State, x: jax.Array, dy: jax.Array) -> Any:
         y, pullback, aux = jax.vjp(forward, params, x, has_aux=True)
@@ -105,15 +163,14 @@ def count_layer(
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
     )
-    x = jax.ShapeDtypeStruct((batch, length, config.embed_dim), jnp.bfloat16, sharding=sharding)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
     function, arguments = (both, (abstract, x, x)) if backward else (forward, (abstract, x))
     lowered = OnMesh(mesh, jax.jit(function)).lower(*arguments)
     clear_dump()
-    text = lowered.compile().as_text()
+    text = lowered.compile(compiler_options).as_text()
     assert text is not None  # the compiler for TPUs gives it
     program = hlo.parse(text)
-    name = f"{config.variant} layer, {batch} x {length:,}"
-    return Counted(name, cycles(program), kernel_cycles(program, topology.chip))
+    return Counted(name, cycles(program), kernel_cycles(program, topology.chip, runs))
 
 
 def count(command: CyclesCommand, say: Callable[[str], None] = print) -> list[Counted]:
@@ -131,16 +188,25 @@ def count(command: CyclesCommand, say: Callable[[str], None] = print) -> list[Co
         return counted
     routed = command.run.model.attention
     for length in options.length:
-        pair = []
-        for config in (routed, dataclasses.replace(routed, variant="gqa")):
-            batch = options.tokens // length
-            pair.append(count_layer(config, topology, batch, length, backward=options.backward))
-            say(text(pair[-1], topology.chip) + "\n")
-        ours, dense = pair
-        all_counted = all(x.cycles is not None for each in pair for x in each.kernels)
-        ratio = f"{dense.total / ours.total:.3f}" if all_counted else "unknown"
-        say(f"{command.slice}, {length:,}: dense / {routed.variant} {ratio}")
-        counted += pair
+        batch, backward = options.tokens // length, options.backward
+
+        def add(layer: Counted) -> Counted:
+            counted.append(layer)
+            say(text(layer, topology.chip) + "\n")
+            return layer
+
+        dense = dataclasses.replace(routed, variant="gqa")
+        ours, *others = (
+            add(count_layer(config, topology, batch, length, backward=backward))
+            for config in (routed, dense)
+        )
+        if blocks := options.splash_blocks:
+            plain = count_plain(dense, topology, batch, length, blocks, backward=backward)
+            others.append(add(plain))
+        for other in others:
+            all_counted = all(x.cycles is not None for each in (ours, other) for x in each.kernels)
+            ratio = f"{other.total / ours.total:.3f}" if all_counted else "unknown"
+            say(f"{command.slice}: {other.name} / {routed.variant} {ratio}")
     return counted
 
 

@@ -29,7 +29,6 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -40,6 +39,7 @@ import jax
 import tyro
 
 from experiments.cycles import Counted, text
+from experiments.plain import blocks_of, check_blocks, runs_of_splash
 from gqe_jax.commands import parse, run_command
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
@@ -52,7 +52,6 @@ from gqe_jax.errors import UserError
 from gqe_jax.runs import find_config, named_configs
 from gqe_jax.sharding import check_divides, make_mesh
 from gqe_kernels.chips import GIB
-from kernels.benchmarks.schedule.cases import splash_runs
 
 INSTALL = (
     "pip install --no-deps --target DIR maxtext==0.2.5 aqtp qwix && "
@@ -65,7 +64,6 @@ Remat = Literal[
     *("save_dot_except_mlp", "save_dot_except_mlpwi", "save_dot_with_context_except_mlp"),
     *("save_qkv_proj", "qkv_proj_offloaded"),
 ]
-BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +79,11 @@ class MaxTextOptions:
     """Compile the configuration's own step, too."""
 
     def __post_init__(self) -> None:
-        if len(self.splash_blocks) not in (0, 6) or any(x < 1 for x in self.splash_blocks):
-            raise ConfigError(
-                f"splash_blocks is {self.splash_blocks}; it must be six positive sizes: q, kv and "
-                "kv_compute forward, then the same three backward"
-            )
+        check_blocks(self.splash_blocks)
 
     def blocks(self, length: int) -> dict[str, int]:
-        """The block sizes by MaxText's name, cut to the length as MaxText does.
-
-        Raises:
-          ConfigError: one does not divide the length.
-        """
-        sizes = dict(zip(BLOCKS, self.splash_blocks or (512,) * 6, strict=True))
-        if not self.splash_blocks:
-            sizes |= {"q_dq": 512, "kv_dq": 512}
-        sizes = {f"sa_block_{name}": min(size, length) for name, size in sizes.items()}
-        if any(length % size for size in sizes.values()):
-            raise ConfigError(f"splash_blocks are {sizes}; each must divide {length} tokens")
-        return sizes
+        """The block sizes of splash attention, cut to the length as MaxText does."""
+        return blocks_of(self.splash_blocks, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +116,7 @@ def fields(run: RunConfig, mesh: Mapping[str, int], options: MaxTextOptions) -> 
     vmem = "compile_xla_flags=--xla_tpu_scoped_vmem_limit_kib=98304"
     vmem = vmem if options.splash_blocks else ""
     blocks = " ".join(
-        f"{name}={size}" for name, size in options.blocks(run.sequence_length).items()
+        f"sa_{name}={size}" for name, size in options.blocks(run.sequence_length).items()
     )
     return f"""
         base_emb_dim={model.embed_dim} base_mlp_dim={model.mlp_dim} vocab_size={model.vocab_size}
@@ -224,18 +208,7 @@ def splash_runs_of(run: RunConfig, mesh: Mapping[str, int], options: MaxTextOpti
     attention, length = run.model.attention, run.sequence_length
     rows = run.batch_size // run.accumulation_steps // (mesh["data"] * mesh["fsdp"])
     heads = [n // mesh["tensor"] for n in (attention.num_query_experts, attention.num_kv_heads)]
-    blocks = options.blocks(length)
-
-    def runs(kernel: str, program: object) -> Mapping[str, int] | None:
-        del program  # its blocks are those of the command
-        if (found := re.match(r"splash_mha_(fwd|dq|dkv)", kernel)) is None:
-            return None
-        of = "" if found[1] == "fwd" else f"_{found[1]}"
-        sizes = blocks[f"sa_block_q{of}"], blocks[f"sa_block_kv{of}"]
-        executions = splash_runs(length, *heads, *sizes, sums_of_keys=found[1] == "dkv")
-        return {name: rows * times for name, times in executions.items()}
-
-    return runs
+    return runs_of_splash(rows, length, *heads, options.blocks(length))
 
 
 def by_pass(counted: Cycles) -> Cycles:

@@ -67,12 +67,12 @@ def test_commands_of_the_document_have_flags_that_exist(command):
 def test_blocks_are_cut_to_the_length():
     options = MaxTextOptions(splash_blocks=(2048, 512, 256, 1024, 2048, 1024))
     assert options.blocks(1024) == {
-        "sa_block_q": 1024,
-        "sa_block_kv": 512,
-        "sa_block_kv_compute": 256,
-        "sa_block_q_dkv": 1024,
-        "sa_block_kv_dkv": 1024,
-        "sa_block_kv_dkv_compute": 1024,
+        "block_q": 1024,
+        "block_kv": 512,
+        "block_kv_compute": 256,
+        "block_q_dkv": 1024,
+        "block_kv_dkv": 1024,
+        "block_kv_dkv_compute": 1024,
     }
     with pytest.raises(ConfigError, match="each must divide 768 tokens"):
         options.blocks(768)

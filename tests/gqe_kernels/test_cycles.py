@@ -129,7 +129,7 @@ def projection(parts: int, shared: bool, routes: bool) -> Program:
     tokens = ((1, 512, 64), (2, 1024, 64))
     outputs = dict.fromkeys(range(wide), tokens)
     outputs |= dict.fromkeys(range(wide, wide + 2 * routes), ((1, 1, 4, 512), (2, 1, 4, 1024)))
-    weights = {1: ((64, 512 // parts), (64, 512))} if parts > 1 else {}
+    weights = {1: ((64, 512 // parts), (64, 512))}
     return Program("gqe_project.1", "custom-call", (), (), (), {0: tokens} | weights, outputs)
 
 
@@ -153,7 +153,10 @@ def test_a_projection_in_parts_has_the_regions_of_its_grid(parts):
 
 
 def test_a_projection_in_one_part_has_no_regions():
-    assert scheduled_runs("gqe_project", projection(1, True, True)) is None
+    whole = projection(1, True, True)
+    assert scheduled_runs("gqe_project", whole) is None
+    del whole.inputs[1]
+    assert scheduled_runs("gqe_project", whole) is None
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,12 @@ def scheduled_runs(kernel: str, program: Program) -> Mapping[str, int] | None:
     return None
 
 
-def _scheduled_projection(program: Program) -> dict[str, int]:
+def _scheduled_projection(program: Program) -> dict[str, int] | None:
     """Of the kernel that reads its weights in several parts; in one, it has no regions."""
     ((_, block, _), (batch, length, _)), ((_, part), (_, lanes)) = _windows(program, 2)
     blocks, parts = batch * -(-length // block), lanes // part
+    if parts == 1:
+        return None
     runs = {"grid": blocks * parts}
     if len(program.outputs) > 3:  # more than queries, keys and values
         runs["narrow"] = blocks
