@@ -47,6 +47,7 @@ class Goodput:
         self._compiled: list[tuple[float, float]] = []  # disjoint, in order
         self._thread = threading.get_ident()
         self.restarts = self.lost_steps = 0
+        self._compiled_before = 0.0
 
     def __enter__(self) -> "Goodput":
         jax.monitoring.register_event_duration_secs_listener(self._hear)
@@ -67,6 +68,7 @@ class Goodput:
             return
         for kind, seconds in spent(last).items():
             self._seconds[kind] += seconds
+        self._compiled_before = spent(last)["compiling"]
         reached = max(line["step"] for line in lines)
         self.restarts = int(_number(last, "restarts")) + 1
         self.lost_steps = int(_number(last, "lost_steps")) + max(reached - start, 0)
@@ -121,6 +123,11 @@ class Goodput:
     def since_start(self) -> float:
         """Seconds since the process began."""
         return time.time() - self.began
+
+    def compiling_since_start(self) -> float:
+        """Seconds spent on compiling by this start alone."""
+        self._settle(self._now)
+        return self._seconds["compiling"] - self._compiled_before
 
     def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
         """Notes a span of tracing or compiling, which can contain earlier ones."""

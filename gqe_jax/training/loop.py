@@ -323,9 +323,9 @@ class _Loop:
 
     def _say_first_step(self, start: int) -> None:
         seconds, spent = self.goodput.since_start(), self.goodput.record()
+        compiling = self.goodput.compiling_since_start()
         self.telemetry.say(
-            f"first step {seconds:.1f} s after the start, {spent['seconds_compiling']:.1f} s of "
-            "them compiling"
+            f"first step {seconds:.1f} s after the start, {compiling:.1f} s of them compiling"
         )
         self.telemetry.clock(start, {"seconds_to_first_step": seconds, **spent})
 

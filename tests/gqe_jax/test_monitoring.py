@@ -140,6 +140,8 @@ def test_restarts_and_lost_steps_come_from_the_metrics():
     assert (found["restarts"], found["lost_steps"]) == (2, 2 + 5)
     assert found["seconds_restarting"] == 10 + 30
     assert found["seconds_saving"] == 10
+    assert found["seconds_compiling"] == 10
+    assert goodput.compiling_since_start() == 0  # those were earlier starts'
     goodput = Goodput(began=time.time())
     goodput.resume([lines[0] | {"ended": True}], 0)
     assert goodput.record()["seconds_restarting"] == 10  # nobody waited for it
