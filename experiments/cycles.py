@@ -61,12 +61,12 @@ class CyclesOptions:
     """A file for the figures."""
 
     def __post_init__(self) -> None:
+        check_blocks(self.splash_blocks)
         for length in self.length:
             if length < 1 or self.tokens % length:
                 raise ConfigError(f"length is {length}; it must divide tokens, {self.tokens}")
             if self.splash_blocks:
                 blocks_of(self.splash_blocks, length)
-        check_blocks(self.splash_blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""The plain layer computes what this project's dense layer computes."""
+"""The plain layer computes what this project's dense layer computes; the command that counts it."""
 
 import functools
+import pathlib
+import re
+import shlex
 
 import jax
 import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from experiments.cycles import read_command
 from experiments.plain import BLOCKS, PlainAttention, blocks_of
 from gqe_jax import AttentionConfig, ConfigError
 from gqe_jax.model.attention import make_attention
@@ -40,3 +44,25 @@ def test_blocks_are_cut_to_the_length():
     assert blocks_of((2048, 512, 256, 1024, 2048, 1024), 1024)["block_q"] == 1024
     with pytest.raises(ConfigError, match="each must divide 768 tokens"):
         blocks_of((512,) * 6, 768)
+
+
+PODS = pathlib.Path(__file__).parents[2] / "docs" / "pods.md"
+COMMANDS = re.findall(
+    r"^python -m experiments\.cycles (.*?)(?:  #.*)?$", PODS.read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_document_have_flags_that_exist(command):
+    read = read_command(shlex.split(command))
+    assert command.count("--splash-blocks") == bool(read.options.splash_blocks)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--splash-blocks 512 512", "six positive sizes"), ("--length 5000", "it must divide tokens")],
+)
+def test_bad_options_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        read_command(shlex.split(f"gqe_250m v5e:2x2 --layer True {flags}"))
+    assert message in capsys.readouterr().err
