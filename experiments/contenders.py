@@ -28,6 +28,15 @@ def mlp_of(base: RunConfig, width: int) -> RunConfig:
     return dataclasses.replace(base, model=dataclasses.replace(base.model, mlp_dim=width))
 
 
+def widened(dense: RunConfig, other: RunConfig) -> RunConfig:
+    """`dense` with an MLP so wide that a token needs the FLOPs of `other` at its own length."""
+    dense_flops, flops = (
+        matmul_flops_per_token(run.model, other.sequence_length) for run in (dense, other)
+    )
+    a_column = 2 * 3 * dense.model.embed_dim * dense.model.num_layers  # FLOPs of one of the MLP
+    return mlp_of(dense, dense.model.mlp_dim + round((flops - dense_flops) / a_column))
+
+
 def of_equal_cost(base: RunConfig) -> Mapping[str, RunConfig]:
     """GQE, and the models that cost as much as it does, or more, each in its own way.
 
@@ -43,15 +52,13 @@ def of_equal_cost(base: RunConfig) -> Mapping[str, RunConfig]:
     dense = attention_of(base, variant="gqa")
     heads = attention.top_k * attention.num_kv_heads
     fewer = attention_of(base, variant="gqa", num_query_experts=heads, top_k=1)
-    length, layers = base.sequence_length, base.model.num_layers
-    saved = matmul_flops_per_token(base.model, length) - matmul_flops_per_token(fewer.model, length)
-    a_column = 3 * base.model.embed_dim * layers  # weights of one column of the MLP
+    a_column = 3 * base.model.embed_dim * base.model.num_layers  # weights of one of the MLP
     lacks = count_parameters(dense.model) - count_parameters(base.model)
     return {
         GQE: base,
         DENSE: dense,
         FEWER_HEADS: fewer,
-        WIDER_MLP: mlp_of(fewer, base.model.mlp_dim + round(saved / (2 * a_column))),
+        WIDER_MLP: widened(fewer, base),
         AS_LARGE: mlp_of(base, base.model.mlp_dim + round(lacks / a_column)),
     }
 
@@ -60,12 +67,17 @@ def of_experts(base: RunConfig, experts: tuple[int, ...] = (2, 4, 8)) -> Mapping
     """GQE with so many experts in each group, of which as many as in `base` are selected.
 
     First dense with the selected heads alone, then the recipe of `base`, then experts that are tied
-    at first, with hard slots alone.
+    at first, with hard slots alone, then the first with the FLOPs of each of those in its MLP.
     """
     groups = base.model.attention.num_kv_heads
     more = {f"M = {m}": attention_of(base, num_query_experts=m * groups) for m in experts}
     hard = {f"{name}, {TIED_HARD}": tied(run, variant="hard_concat") for name, run in more.items()}
-    return {FEWER_HEADS: of_equal_cost(base)[FEWER_HEADS]} | more | hard
+    fewer = of_equal_cost(base)[FEWER_HEADS]
+    wider = {
+        f"{WIDER_MLP}, as M = {m}": widened(fewer, run)
+        for m, run in zip(experts, hard.values(), strict=True)
+    }
+    return {FEWER_HEADS: fewer} | more | hard | wider
 
 
 def of_sizes(base: RunConfig) -> Mapping[str, RunConfig]:

@@ -59,6 +59,12 @@ def test_more_experts_cost_their_weights_alone():
     assert models["M = 2"] == contenders.attention_of(TINY)
     fewer = contenders.of_equal_cost(TINY)[contenders.FEWER_HEADS]
     assert models[contenders.FEWER_HEADS] == fewer
+    length, a_column = TINY.sequence_length, 2 * 3 * 128 * 4
+    for m in (2, 4, 8):
+        wider = models[f"{contenders.WIDER_MLP}, as M = {m}"]
+        hard = models[f"M = {m}, {contenders.TIED_HARD}"]
+        flops = [matmul_flops_per_token(run.model, length) for run in (wider, hard)]
+        assert abs(flops[0] - flops[1]) <= a_column / 2
 
 
 def matmul(run):
@@ -122,6 +128,7 @@ def test_any_study_but_that_of_sizes_has_runs_by_tokens(base):
     assert {job.ends for job in jobs(QualityConfig("experts"), base)} == {()}
 
 
+@pytest.mark.slow
 def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
     ends = 10, 15
     todo = [Job("GQE", 0, base, ends)]
