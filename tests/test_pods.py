@@ -65,6 +65,7 @@ def small(command: str, **changes: str) -> list[str]:
     return shlex.split(command.split("  #")[0])[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
     "command",
@@ -87,6 +88,7 @@ def test_compiling_before_the_bill(command, tmp_path):
         assert found["memory"]["peak"] > 0
 
 
+@pytest.mark.slow
 def test_preparing_and_training_from_a_bucket(tmp_path):
     """A directory stands in for the bucket, as `file://`."""
     [prepare] = [line for line in COMMANDS if "gqe_jax.data.prepare" in line]

@@ -14,7 +14,11 @@ README = (REPOSITORY / "README.md").read_text()
 DOCUMENTS = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 PAGES = (*DOCUMENTS, REPOSITORY / "kernels" / "README.md")
 EXAMPLES = [
-    pytest.param(path.name, example, id=f"{path.stem}-{number}")
+    pytest.param(
+        *(path.name, example),
+        id=f"{path.stem}-{number}",
+        marks=[] if path.name == "README.md" else [pytest.mark.slow],
+    )
     for path in DOCUMENTS
     for number, example in enumerate(
         re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)

@@ -68,6 +68,7 @@ def test_the_packages_are_those_of_the_wheel_and_typed(installed, tmp_path):
     run(installed, "-c", code, cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run(installed, number, tmp_path):
     run(installed, "-c", EXAMPLES[number], cwd=tmp_path)

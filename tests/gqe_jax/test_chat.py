@@ -215,6 +215,7 @@ def test_masked_tokens_have_exactly_no_gradient(chats):
     np.testing.assert_array_equal(gradient, jax.grad(loss)(hidden, jnp.asarray(other)))
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_answers(chats, tmp_path):
     _, config = chats
     run = small_config(config.output, tmp_path, steps=6, sequence_length=64, eval_every=6)

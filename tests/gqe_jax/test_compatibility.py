@@ -63,11 +63,13 @@ def assert_has(ours, theirs):
         assert_has(ours[name], value)
 
 
+@pytest.mark.slow
 def test_the_state_of_a_checkpoint_is_read_bit_for_bit(run_again, expected):
     _, ours = run_again
     assert ours["state"] == expected["state"]
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_with_the_same_metrics(run_again, expected):
     _, ours = run_again
     steps = [line["step"] for line in expected["metrics"] if "loss" in line]

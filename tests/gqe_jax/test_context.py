@@ -76,6 +76,7 @@ def assert_same(actual, expected):
     jax.tree.map(compare, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "accumulation_steps", "attention"),
     [

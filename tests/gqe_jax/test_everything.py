@@ -3,6 +3,7 @@
 import importlib.util
 
 import numpy as np
+import pytest
 
 from gqe_jax.training.telemetry import read_metrics
 from tests.gqe_jax.jobs import finish, kill_one, reach, start_job
@@ -11,6 +12,7 @@ from tests.gqe_jax.runs import make_corpus, saved_state, small_config
 STEPS, KILLED_AT = 24, (6, 12, 19)
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_ends_as_one_undisturbed(tmp_path, monkeypatch):
     corpora = {}
     for name in ("web", "code"):

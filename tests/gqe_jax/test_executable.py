@@ -31,6 +31,7 @@ def saved(tmp_path_factory):
     return config, path
 
 
+@pytest.mark.slow
 def test_a_run_with_a_loaded_step_has_the_same_numbers(saved, tmp_path):
     config, path = saved
     loaded = dataclasses.replace(config, run_dir=str(tmp_path / "run"), compiled=str(path))

@@ -29,6 +29,7 @@ CASES = {"checkpoint": 8, "Hugging Face": 16, "export": 16}
 """Of the kinds that take longest."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fuzz.KINDS, ids=lambda kind: kind.name)
 def test_damaged_files_are_refused_or_read(kind, tmp_path):
     cases = next((number for name, number in CASES.items() if name in kind.name), 40)

@@ -33,6 +33,7 @@ def undisturbed(corpus, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moment"),
     [

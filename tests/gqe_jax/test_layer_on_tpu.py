@@ -86,7 +86,11 @@ def moves_of_tokens(program: hlo.Program) -> list[str]:
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
     ("name", "chip", "most"),
-    [("gqe_250m", "v5e", 4.7e6), ("gqe_250m", "v6e", 1.97e6), ("gqe_7b", "v6e", 14e6)],
+    [
+        ("gqe_250m", "v5e", 4.7e6),
+        pytest.param("gqe_250m", "v6e", 1.97e6, marks=pytest.mark.slow),
+        pytest.param("gqe_7b", "v6e", 14e6, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_copied_between_products_and_kernels(name, chip, most):
     """Seen outside the kernels: 4.38, 1.82 and 13.93 million cycles."""

@@ -161,6 +161,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, kind):
         RunLock(directory).__enter__()
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_run(tmp_path):
     """The second ends with a line; the first goes on to its end, alone."""
     config = small_config(make_corpus(tmp_path), tmp_path / "run")
@@ -184,6 +185,7 @@ def test_two_jobs_on_one_run(tmp_path):
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_directory_that_the_processes_do_not_share_is_named_at_the_start(tmp_path):
     corpus = make_corpus(tmp_path)
     for index in range(2):

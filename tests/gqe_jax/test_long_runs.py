@@ -79,6 +79,7 @@ def test_an_average_follows_its_formula():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5), average, expected)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_exported(finished):
     config, state, _ = finished
     found = Run.find(config.run_dir)
@@ -103,6 +104,7 @@ def test_the_average_is_evaluated_and_exported(finished):
     assert abs(losses[1] - trained) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(finished, corpus, tmp_path):
     config = dataclasses.replace(finished[0], run_dir=str(tmp_path))
     train(dataclasses.replace(config, steps=7), stream=io.StringIO())
@@ -116,6 +118,7 @@ def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(finished, corpus,
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_an_average_can_begin_at_a_restart_and_end_there(corpus, tmp_path):
     without = plain(corpus, tmp_path)
     train(without, stream=io.StringIO())
@@ -163,6 +166,7 @@ def test_a_loss_that_stays_on_another_level_is_accepted():
     assert not any(skipped[50 + MOST_IN_A_ROW :])
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_all_but_the_counters(finished, corpus, tmp_path):
     config, _, _ = finished
     mesh = make_mesh(config.mesh)
@@ -194,6 +198,7 @@ def test_a_skipped_step_leaves_all_but_the_counters(finished, corpus, tmp_path):
     assert int(metrics["skipped_in_a_row"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [(6, 7), tuple(range(2, 40))], ids=["two", "all"])
 def test_a_run_names_the_batches_that_it_skips(corpus, tmp_path, monkeypatch, broken):
     """Batches whose weights are NaN: the run names them, and ends if there are too many."""
@@ -232,6 +237,7 @@ def test_a_timer_counts_anew_after_a_reset():
     assert not timer()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_saved_by_the_clock_too(corpus, tmp_path):
     config = plain(corpus, tmp_path, steps=3, checkpoint_every=100, eval_every=100)
     config = dataclasses.replace(config, checkpoint_minutes=1e-9, keep_checkpoints=9)
@@ -240,6 +246,7 @@ def test_checkpoints_are_saved_by_the_clock_too(corpus, tmp_path):
         assert sorted(checkpoints._manager.all_steps()) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_last_lines_say_what_was_reached_and_what_is_next(finished):
     config, _, output = finished
     last = last_evaluation(config)
@@ -268,6 +275,7 @@ def test_bad_values_are_named(kind, fields, message):
         kind(**fields)
 
 
+@pytest.mark.slow
 def test_the_configuration_of_an_earlier_run_has_none_of_it(finished):
     with open(f"{finished[0].run_dir}/config.json") as file:
         saved = json.load(file)["optimizer"]

@@ -162,6 +162,7 @@ def mixed_run(corpora, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_epochs_shares_and_held_out_sets_are_recorded_apart(mixed_run):
     lines = read_metrics(mixed_run.run_dir)
     at = {line["step"]: line for line in lines if "loss" in line}
@@ -177,6 +178,7 @@ def test_epochs_shares_and_held_out_sets_are_recorded_apart(mixed_run):
         assert {"eval_perplexity/again", "eval_tokens/documents"} <= set(line)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_goes_on_as_if_it_had_not_stopped(mixed_run, tmp_path):
     config = dataclasses.replace(mixed_run, run_dir=str(tmp_path))
     schedule = dataclasses.replace(config.optimizer, schedule_steps=30)
@@ -190,6 +192,7 @@ def test_a_run_on_a_mixture_goes_on_as_if_it_had_not_stopped(mixed_run, tmp_path
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_only_the_data_of_past_steps_must_be_the_same(mixed_run, tmp_path):
     def with_data(**fields):
         return dataclasses.replace(mixed_run, data=dataclasses.replace(mixed_run.data, **fields))

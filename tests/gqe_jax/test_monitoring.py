@@ -53,6 +53,7 @@ def profile_of(run_dir) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_profile_has_the_steps_of_its_window_and_the_parts_of_the_model(profiled):
     path = profile_of(profiled[0].run_dir)
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
@@ -64,6 +65,7 @@ def test_a_profile_has_the_steps_of_its_window_and_the_parts_of_the_model(profil
     assert {part_of(name.decode()) for name in names} >= {*PARTS} - {"rope"}
 
 
+@pytest.mark.slow
 def test_xprof_opens_a_profile(profiled):
     convert = pytest.importorskip("xprof.convert.raw_to_tool_data", reason="pip install xprof")
     path = str(profile_of(profiled[0].run_dir))
@@ -85,6 +87,7 @@ def test_a_window_that_ends_early_is_written_and_a_later_start_records_none(tmp_
     assert not (tmp_path / "later").exists()
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_is_divided_and_said(profiled):
     config, output, seconds = profiled
     records = [line for line in read_metrics(config.run_dir) if "goodput" in line]
@@ -101,6 +104,7 @@ def test_the_time_of_a_run_is_divided_and_said(profiled):
     assert "\ngoodput " in output
 
 
+@pytest.mark.slow
 def test_the_report_has_the_time(profiled):
     shown, _ = page.build([page.Run(Curves.read(profiled[0].run_dir, "run"), None)])
     assert "<h3>Time</h3>" in shown
@@ -210,6 +214,7 @@ def test_programs_are_kept_where_the_flag_says(monkeypatch, tmp_path):
         compilation_cache.keep_programs("nowhere://bucket")
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_programs_of_the_first(corpus, tmp_path):
     variables = {
         "XDG_CACHE_HOME": str(tmp_path),

@@ -246,7 +246,7 @@ def recipe_updates(steps=4, **fields):
     return seen
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_tied_experts_move_together_and_then_apart(name):
     """Over half of 8 steps the part of the mean is 1, 3/4, 1/2, 1/4, and then 0."""
     plain, tied = (recipe_updates(6, name=name, tied_fraction=fraction) for fraction in (0.0, 0.5))

@@ -143,6 +143,7 @@ class TestTokens:
         assert "texts.jsonl, document 8" in shown
 
 
+@pytest.mark.slow
 class TestInterruptedPreparation:
     @pytest.fixture
     def source(self, tmp_path):

@@ -79,12 +79,14 @@ def assert_same_losses(config, other):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one(alone, four):
     config, rows = four
     assert_same_losses(config, alone)
     assert rows == due_rows(config, 0, STEPS)
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_of_four_saves_the_same_step_on_all(stopped):
     config, step, rows = stopped
     assert 5 <= step < STEPS
@@ -92,6 +94,7 @@ def test_a_notice_to_one_of_four_saves_the_same_step_on_all(stopped):
     assert rows == due_rows(config, 0, step)
 
 
+@pytest.mark.slow
 def test_two_processes_and_another_mesh_go_on_with_the_batches_due(alone, stopped, cache, tmp_path):
     config, step, _ = stopped
     shutil.copytree(config.run_dir, tmp_path / "run")
@@ -103,6 +106,7 @@ def test_two_processes_and_another_mesh_go_on_with_the_batches_due(alone, stoppe
     assert_same_losses(config, alone)
 
 
+@pytest.mark.slow
 def test_eight_devices_go_on_with_the_batches_due(alone, stopped, tmp_path):
     config, _, _ = stopped
     shutil.copytree(config.run_dir, tmp_path / "run")
@@ -112,6 +116,7 @@ def test_eight_devices_go_on_with_the_batches_due(alone, stopped, tmp_path):
     assert_same_losses(config, alone)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_the_restart_ends_as_if_nothing_was(
     stopped, four, cache, tmp_path
 ):

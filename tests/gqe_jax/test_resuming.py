@@ -85,6 +85,7 @@ class SignalAt(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 def test_a_step_that_a_later_start_scores_is_recorded(corpus, finished, tmp_path):
     step = 8
     config = short(corpus, tmp_path / "run")
@@ -114,6 +115,7 @@ def test_the_best_is_among_the_losses_of_one_text():
     assert best_step({1: score(1.0), 2: score(3.0, 5)}) == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_evaluation_batches_begins_the_best_anew(finished, tmp_path):
     before = scores(finished.run_dir)
     longer = copy_of(finished, tmp_path / "run", eval_batches=3, steps=12, keep_checkpoints=1)
@@ -127,6 +129,7 @@ def test_another_number_of_evaluation_batches_begins_the_best_anew(finished, tmp
     assert "not compared" not in run(longer)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_not_saved(corpus, tmp_path):
     """The loss and the gradient of step 1 are finite; its update is not."""
     config = short(corpus, tmp_path / "run", checkpoint_every=1)
@@ -175,6 +178,7 @@ def test_checksums_know_every_bit_and_no_mesh():
     assert measure({"a": np.array([1.0, np.nan], np.float32)})[1] == ["a"]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_when_a_checkpoint_is_read(finished, tmp_path):
     """Each flip is found, by a decoder or by the checksum, or is in bytes that hold no array."""
     expected = saved_state(finished, 8)
@@ -213,6 +217,7 @@ def test_a_flipped_bit_is_found_when_a_checkpoint_is_read(finished, tmp_path):
     assert len(saved_state(config, 8)) == len(expected)
 
 
+@pytest.mark.slow
 def test_damaged_metrics_are_no_obstacle(finished, tmp_path):
     config = copy_of(finished, tmp_path / "run", steps=10)
     for content in (b"", b"\xff\xfe", b"[1]", b'{"eval_loss": "low"}'):
@@ -232,6 +237,7 @@ def test_damaged_metrics_are_no_obstacle(finished, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_what_changes_no_number_is_no_difference(finished, corpus, tmp_path, monkeypatch):
     """Against the run that nothing moved: the same losses."""
     undisturbed = copy_of(finished, tmp_path / "undisturbed", steps=11)
@@ -254,6 +260,7 @@ def test_what_changes_no_number_is_no_difference(finished, corpus, tmp_path, mon
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_accumulation_is_allowed_and_said(finished, tmp_path):
     """The losses of the text are those of the first run, but for the router's share."""
     undisturbed = copy_of(finished, tmp_path / "undisturbed", steps=10)
@@ -267,6 +274,7 @@ def test_another_accumulation_is_allowed_and_said(finished, tmp_path):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_restart_can_change_how_long_experts_are_tied_but_not_whether(corpus, tmp_path):
     tied = with_optimizer(short(corpus, tmp_path / "tied"), tied_fraction=0.5)
     run(tied)
@@ -278,6 +286,7 @@ def test_a_restart_can_change_how_long_experts_are_tied_but_not_whether(corpus, 
         run(off)
 
 
+@pytest.mark.slow
 def test_a_restart_from_a_step_with_another_learning_rate(finished, tmp_path):
     config = with_optimizer(copy_of(finished, tmp_path / "run"), peak_learning_rate=5e-3)
     with pytest.raises(ConfigError, match=r"peak_learning_rate is .*or --resume-step 8 to go on"):
@@ -307,6 +316,7 @@ def test_a_restart_from_a_step_with_another_learning_rate(finished, tmp_path):
     assert 'resume_step": null' in (tmp_path / "run" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_extended_run_says_what_the_learning_rate_does(finished, tmp_path):
     longer = copy_of(finished, tmp_path / "longer", steps=20)
     output = run(longer)
@@ -318,6 +328,7 @@ def test_an_extended_run_says_what_the_learning_rate_does(finished, tmp_path):
     assert changed[0]["learning_rate_change"] == pytest.approx([rates[8], rates[9]])
 
 
+@pytest.mark.slow
 def test_a_stable_phase_branches_into_decays(corpus, tmp_path):
     stable = short(corpus, tmp_path / "stable", steps=8)
     stable = with_optimizer(stable, schedule_steps=100)
@@ -338,6 +349,7 @@ def test_a_stable_phase_branches_into_decays(corpus, tmp_path):
         assert rates[8] == column(stable.run_dir, "learning_rate")[8]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(corpus, tmp_path):
     """A limit of file sizes stands in for it: writing fails in the same calls."""
     config = small_config(corpus, tmp_path / "run", steps=8, checkpoint_every=4)
@@ -354,6 +366,7 @@ def test_a_full_disk_is_named(corpus, tmp_path):
     assert len(output.splitlines()) < 30, output
 
 
+@pytest.mark.slow
 def test_a_hangup_saves_and_a_closed_pipe_does_not_matter(corpus, tmp_path):
     config = small_config(corpus, tmp_path / "run")
     # Under nohup, and where the tests run under it, the signal is ignored.

@@ -90,6 +90,7 @@ def test_a_longer_run_goes_on_from_the_end(corpus, tmp_path):
     assert steps == list(range(1, 12))
 
 
+@pytest.mark.slow
 def test_another_mesh_goes_on_with_the_same_state(corpus, tmp_path):
     config = small_config(corpus, tmp_path, steps=7)
     first = jax.device_get(train(config, stream=io.StringIO()))
@@ -113,6 +114,7 @@ def test_a_run_that_does_not_fit_is_refused(finished, changes, message):
         train(config, stream=io.StringIO())
 
 
+@pytest.mark.slow
 def test_another_corpus_under_the_same_name_is_refused(tmp_path):
     corpus = make_corpus(tmp_path)
     config = small_config(corpus, tmp_path / "run", steps=2)
@@ -141,6 +143,7 @@ def test_the_best_evaluated_step_is_saved_and_kept(finished):
         assert checkpoints.resolve("best") == min(losses, key=losses.get)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_the_latest(corpus, tmp_path):
     config = small_config(corpus, tmp_path, steps=1)
     state = train(config, stream=io.StringIO())
@@ -156,6 +159,7 @@ def test_the_best_checkpoint_outlives_the_latest(corpus, tmp_path):
             checkpoints.resolve(3)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_with_a_way_on(corpus, tmp_path):
     config = small_config(corpus, tmp_path, steps=14)
     train(config, stream=io.StringIO())

@@ -111,6 +111,7 @@ def _shard_bytes(tree) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=4, fsdp=2)])
 def test_optimizer_state_sharded_over_data_gives_the_same_losses(mesh, on_one_device):
     optimizer = dataclasses.replace(CONFIG.optimizer, shard_state_over_data=True)
@@ -121,6 +122,7 @@ def test_optimizer_state_sharded_over_data_gives_the_same_losses(mesh, on_one_de
     assert _shard_bytes(abstract.opt_state) < 1.1 * 2 * _shard_bytes(abstract.params) / mesh.data
 
 
+@pytest.mark.slow
 def test_segments_on_a_mixed_mesh():
     mixed = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(
@@ -128,6 +130,7 @@ def test_segments_on_a_mixed_mesh():
     )
 
 
+@pytest.mark.slow
 def test_accumulation_counts_every_token_alike(on_one_device):
     """Without the router's losses, which are per part, the parts add up to the whole."""
     optimizer = dataclasses.replace(

@@ -145,6 +145,7 @@ def dense_run(tmp_path_factory):
     return config, folder
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_trains_on_under_its_teacher(dense_run):
     dense, folder = dense_run
     run = upcycle(UpcycleConfig(folder / "run", folder / "upcycled", 1, steps=3, distill=True))
@@ -166,6 +167,7 @@ def test_an_upcycled_run_trains_on_under_its_teacher(dense_run):
     assert any((old != new).any() for old, new in zip(before, after[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_upcycled_is_named(dense_run, tmp_path):
     dense, folder = dense_run
     config = UpcycleConfig(folder / "run", tmp_path / "new", top_k=3)

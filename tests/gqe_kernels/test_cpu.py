@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from gqe_jax import AttentionConfig, KVCache
@@ -84,6 +85,7 @@ def check_layers(dtype: str, variants: Iterable[str], ranks: list[tuple[int, int
             assert_close(cached, whole, tolerance, f"{variant}, {top_k} of {experts}, {batch} rows")
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu():
     flags = os.environ["XLA_FLAGS"].replace("--xla_backend_optimization_level=0", "")
     result = subprocess.run(

@@ -57,6 +57,7 @@ SMALL = pallas_tpu.BlockSizes(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreter")
 class TestManyBlocks(RoutedAttentionContract):
     implementation = functools.partial(pallas_tpu.attention, blocks=SMALL)
@@ -148,7 +149,10 @@ def compiled_for(chip: str, function, *arguments):
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
     ("chip", "case", "dtype"),
-    COMPILED,
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] if number % 4 else [])
+        for number, one in enumerate(COMPILED)
+    ],
     ids=[f"{chip}-{dtype}-{case.name}" for chip, case, dtype in COMPILED],
 )
 def test_default_compiles_to_the_kernel_on(chip, case, dtype):

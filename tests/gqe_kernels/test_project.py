@@ -53,6 +53,14 @@ CASES = (
 )
 
 
+def every_other(cases):
+    """All cases, of which the default run has every other one."""
+    return [
+        pytest.param(case, marks=pytest.mark.slow) if number % 2 else case
+        for number, case in enumerate(cases)
+    ]
+
+
 def make(case: Case) -> tuple[jax.Array, Projection]:
     rng, embed = np.random.default_rng(0), 128
 
@@ -170,7 +178,7 @@ def with_cotangents(projected, cotangents):
     return routed, cotangents.get("logits")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", every_other(CASES), ids=str)
 def test_the_plain_projection(case):
     def backward(x, projection, projected, cotangents):
         def of(x, projection):
@@ -184,7 +192,7 @@ def test_the_plain_projection(case):
 
 @pytest.mark.wrong_types
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("case", [case for case in CASES if not case.norm], ids=str)
+@pytest.mark.parametrize("case", every_other(c for c in CASES if not c.norm), ids=str)
 def test_the_kernels(case):
     forward = functools.partial(kernels.forward, blocks=kernels.Blocks(128, case.chunks, 2**25))
 
