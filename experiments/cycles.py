@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from experiments.plain import VMEM, PlainAttention, blocks_of, check_blocks, runs_of_splash
+from experiments.plain import MORE_VMEM, PlainAttention, blocks_of, check_blocks, runs_of_splash
 from gqe_jax.commands import parse, run_command
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.cycle_table import as_json, table
@@ -119,7 +119,11 @@ def count_plain(
     *,
     backward: bool,
 ) -> Counted:
-    """The same of a dense layer in plain Flax with splash attention at these block sizes."""
+    """The same of a dense layer in plain Flax with splash attention at these block sizes.
+
+    Raises:
+      ConfigError: a block size does not divide the length.
+    """
     blocks = blocks_of(splash_blocks, length)
     layer = nnx.eval_shape(
         lambda: PlainAttention(config, blocks, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -133,7 +137,7 @@ def count_plain(
         topology,
         backward=backward,
         runs=runs_of_splash(batch, length, *heads, blocks),
-        compiler_options=VMEM,
+        compiler_options=MORE_VMEM,
     )
 
 

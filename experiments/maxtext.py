@@ -39,7 +39,7 @@ import jax
 import tyro
 
 from experiments.cycles import Counted, text
-from experiments.plain import blocks_of, check_blocks, runs_of_splash
+from experiments.plain import MORE_VMEM, blocks_of, check_blocks, runs_of_splash
 from gqe_jax.commands import parse, run_command
 from gqe_jax.compile_for import hlo
 from gqe_jax.compile_for.costs import count
@@ -82,7 +82,11 @@ class MaxTextOptions:
         check_blocks(self.splash_blocks)
 
     def blocks(self, length: int) -> dict[str, int]:
-        """The block sizes of splash attention, cut to the length as MaxText does."""
+        """The block sizes of splash attention, cut to the length as MaxText does.
+
+        Raises:
+          ConfigError: one does not divide the length.
+        """
         return blocks_of(self.splash_blocks, length)
 
 
@@ -113,7 +117,8 @@ def fields(run: RunConfig, mesh: Mapping[str, int], options: MaxTextOptions) -> 
         )
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
     # Such blocks need more vector memory than libtpu lets a kernel have by default.
-    vmem = "compile_xla_flags=--xla_tpu_scoped_vmem_limit_kib=98304"
+    ((option, value),) = MORE_VMEM.items()
+    vmem = f"compile_xla_flags=--{option}={value}"
     vmem = vmem if options.splash_blocks else ""
     blocks = " ".join(
         f"sa_{name}={size}" for name, size in options.blocks(run.sequence_length).items()

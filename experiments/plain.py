@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 
 from gqe_jax.compile_for.kernel_cycles import Runs
 from gqe_jax.config import AttentionConfig, ConfigError
-from kernels.benchmarks.schedule.cases import splash_runs
+from kernels.benchmarks.schedule.cases import make_splash, splash_runs
 
 type Heads = Float[Array, "batch length head head_dim"]
 
 BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
-# Libtpu's default keeps splash attention from its best block sizes.
-VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+# A compiler's option: libtpu's default keeps splash attention from its best block sizes.
+MORE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
 def check_blocks(sizes: Sequence[int]) -> None:
@@ -97,7 +97,8 @@ class PlainAttention(nnx.Module):
         query, key = (self._rotate(project(x)) for project in (self.query, self.key))
         query = query * query.shape[-1] ** -0.5
         by_head = (jnp.swapaxes(y, 1, 2) for y in (query, key, self.value(x)))
-        return self.out(jnp.swapaxes(self._attend(*by_head), 1, 2))
+        attend = make_splash(self.query.out_features[0], x.shape[1], self.blocks)
+        return self.out(jnp.swapaxes(jax.vmap(attend)(*by_head), 1, 2))
 
     def _rotate(self, x: Heads) -> Heads:
         half = x.shape[-1] // 2
@@ -106,16 +107,3 @@ class PlainAttention(nnx.Module):
         cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
         a, b = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-    def _attend(self, query: Array, key: Array, value: Array) -> Array:
-        from jax.experimental.pallas.ops.tpu.splash_attention import (
-            splash_attention_kernel as kernel,
-        )
-        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-        _, heads, length, _ = query.shape
-        mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-        fused = "block_q_dq" not in self.blocks
-        sizes = kernel.BlockSizes(**self.blocks, use_fused_bwd_kernel=fused)
-        attend = kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
-        return jax.vmap(attend)(query, key, value)

@@ -97,7 +97,7 @@ class QualityConfig:
         for field, least in (("seeds", 0), ("workers", 1)):
             if (value := getattr(self, field)) < least:
                 raise ConfigError(f"{field} is {value}; it must be at least {least}")
-        if self.ends and self.steps is not None:
+        if self.tokens_at_ends and self.steps is not None:
             raise ConfigError(f"steps is {self.steps}; the runs end at the numbers of --tokens")
         if self.study == "sizes" and self.tokens:
             raise ConfigError(
@@ -107,7 +107,7 @@ class QualityConfig:
             raise ConfigError(f"tokens is {self.tokens}; give numbers in ascending order")
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def tokens_at_ends(self) -> tuple[int, ...]:
         """Tokens at which runs that branch off end; empty: no runs branch off."""
         return self.tokens or (TOKENS if self.study == "tokens" else ())
 
@@ -147,7 +147,7 @@ def models_of(config: QualityConfig, base: RunConfig) -> Mapping[str, RunConfig]
 def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
     """All runs of a study, seed by seed."""
     per_step = base.batch_size * base.sequence_length
-    ends = tuple(round(tokens / per_step) for tokens in config.ends)
+    ends = tuple(round(tokens / per_step) for tokens in config.tokens_at_ends)
     models = models_of(config, base)
     for seed in range(config.seeds):
         for name, run in models.items():

@@ -50,9 +50,9 @@ SEGMENTS = np.array([[1] * 5 + [2] * 7, [1] * 3 + [2] * 4 + [0] * 5], np.int32)
     ("top_k", "experts", "segments"),
     [
         (1, 2, None),
-        (2, 4, SEGMENTS),
         pytest.param(2, 2, SEGMENTS, marks=pytest.mark.slow),
-        pytest.param(1, 4, None, marks=pytest.mark.slow),
+        (1, 4, SEGMENTS),
+        pytest.param(2, 4, None, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, int) else "whole" if value is None else "segments",
 )

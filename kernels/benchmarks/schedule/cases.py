@@ -49,18 +49,12 @@ def splash(
         `block_q_dkv` and so on there is a backward pass, which has a kernel of its own for dQ if
         `block_q_dq` and `block_kv_dq` are given.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
     blocks = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), 512) | blocks
     _check_blocks(length, **blocks)
     backward, fused = "block_q_dkv" in blocks, "block_q_dq" not in blocks
-    sizes = kernel.BlockSizes(**blocks, use_fused_bwd_kernel=backward and fused)
 
     def forward(query, key, value):
-        mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-        attention = kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
-        return attention(query, key, value)
+        return make_splash(heads, length, blocks)(query, key, value)
 
     query, key = (
         jax.ShapeDtypeStruct((h, length, head_dim), jnp.bfloat16) for h in (heads, kv_heads)
@@ -87,6 +81,23 @@ def splash(
 
     work = _work(length, head_dim, heads, products=7)
     return ScheduledCall(with_gradients, (query, key, key, query), executions, *work)
+
+
+def make_splash(heads: int, length: int, blocks: Mapping[str, int]) -> Callable[..., jax.Array]:
+    """Splash attention, dense and causal, of query, key and value [head, length, head_dim].
+
+    Args:
+      heads: of the queries.
+      blocks: sizes of splash attention's `BlockSizes`; with those of the backward pass and none for
+        dQ, that pass is one kernel.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    fused = "block_q_dkv" in blocks and "block_q_dq" not in blocks
+    sizes = kernel.BlockSizes(**blocks, use_fused_bwd_kernel=fused)
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+    return kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
 
 
 def splash_runs(

@@ -85,25 +85,20 @@ def _attention_mgpu(query: Heads, key: Heads, value: Heads, **blocks: int) -> He
 
 def _splash(query: Array, key: Array, value: Array, *, block_q: int, block_kv: int) -> Array:
     """Splash attention of [batch, head, length, head_dim]."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from kernels.benchmarks.schedule.cases import make_splash
 
     _, heads, length, _ = query.shape
     q, kv = min(block_q, length), min(block_kv, length)
     compute = min(512, kv)
-    blocks = kernel.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=compute,
-        block_q_dkv=min(1024, q),
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=compute,
-        use_fused_bwd_kernel=True,
-    )
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-    return jax.vmap(kernel.make_splash_mha_single_device(mask, block_sizes=blocks))(
-        query, key, value
-    )
+    blocks = {
+        "block_q": q,
+        "block_kv": kv,
+        "block_kv_compute": compute,
+        "block_q_dkv": min(1024, q),
+        "block_kv_dkv": kv,
+        "block_kv_dkv_compute": compute,
+    }
+    return jax.vmap(make_splash(heads, length, blocks))(query, key, value)
 
 
 def _heads_first(query: Heads, key: Heads, value: Heads) -> tuple[Array, ...]:
