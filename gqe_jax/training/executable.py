@@ -34,8 +34,8 @@ _OTHER += ("data.mixture", "data.decay_mixture")
 def save(path: Location, compiled: jax.stages.Compiled, config: RunConfig, mesh: Mesh) -> None:
     """Writes the train step of `config`, compiled for `mesh`, whose devices need not be there."""
     executable: Any = compiled.runtime_executable()
-    kept = sorted(getattr(compiled, "_executable")._kept_var_idx)  # noqa: B009
-    header = {"kept": kept, **_fits(config, mesh)}
+    program: Any = compiled  # jax has no public name for the arguments that a program keeps
+    header = {"kept": sorted(program._executable._kept_var_idx), **_fits(config, mesh)}
     write_whole(path, _MAGIC + json.dumps(header).encode() + b"\n" + executable.serialize())
 
 
