@@ -76,6 +76,7 @@ class AttentionAux:
     router_z_loss: Float[Array, ""]
     expert_load: Float[Array, "group expert"]
     router_entropy: Float[Array, "group"]
+    mean_probs: Float[Array, "group expert"]
     router_probs: Float[Array, "batch length group expert"] | None = None
     expert_index: Int[Array, "batch length group k"] | None = None
 
@@ -208,7 +209,7 @@ class _Attention(nnx.Module):
 
         whole: Any = PartitionSpec()
         routed = whole if return_routing and self.config.variant != "gqa" else None
-        aux = AttentionAux(whole, whole, whole, whole, routed, routed)
+        aux = AttentionAux(whole, whole, whole, whole, whole, routed, routed)
         spec_of = lambda leaf: jax.typeof(leaf).sharding.spec  # noqa: E731
         specs = spec_of(x), aux, jax.tree.map(spec_of, cache)
         in_auto_mode: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=specs)
@@ -421,11 +422,13 @@ class GroupedQueryExperts(_Attention):
         is_token = True if segment_ids is None else segment_ids != 0
         is_token = jnp.broadcast_to(jnp.asarray(is_token, jnp.float32), x.shape[:2])
         load = routing.expert_load(expert_index, config.experts_per_group, is_token)
+        mean_probs = routing.mean_probabilities(probs, is_token)
         aux = AttentionAux(
-            load_balancing_loss=routing.load_balancing_loss(probs, load, is_token),
+            load_balancing_loss=routing.load_balancing_loss(mean_probs, load),
             router_z_loss=routing.router_z_loss(logits, is_token),
             expert_load=load,
             router_entropy=routing.router_entropy(probs, is_token),
+            mean_probs=mean_probs,
             router_probs=probs if return_routing else None,
             expert_index=expert_index if return_routing else None,
         )
@@ -473,7 +476,8 @@ class GroupedQueryAttention(_Attention):
         slots = attention(routed, mask, default_scale(self.config.resolved_head_dim))
         zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
         group = self.config.num_kv_heads
-        return slots, AttentionAux(zeros(()), zeros(()), zeros((group, 0)), zeros(group)), cache
+        none = zeros((group, 0))
+        return slots, AttentionAux(zeros(()), zeros(()), none, zeros(group), none), cache
 
 
 def make_attention(

@@ -70,19 +70,24 @@ def expert_load(
 
 
 @jax.named_scope("routing")
+def mean_probabilities(
+    probs: Float[Array, "batch length group expert"], is_token: Float[Array, "batch length"]
+) -> Float[Array, "group expert"]:
+    """The mean probability of each expert; it sums to 1 in a group."""
+    return _token_mean(probs, is_token)
+
+
+@jax.named_scope("routing")
 def load_balancing_loss(
-    probs: Float[Array, "batch length group expert"],
-    load: Float[Array, "group expert"],
-    is_token: Float[Array, "batch length"],
-) -> Float[Array, ""]:
+    mean_probs: Float[Array, "*layers group expert"], load: Float[Array, "*layers group expert"]
+) -> Float[Array, "*layers"]:
     """Switch's loss, M · sum over m of f[m] · P[m], mean over groups: the authors' published code.
 
-    f[m] is `load`, P[m] the mean probability of expert m over the tokens of the global batch.
-    Uniform top-1 routing gives 1. The gradient flows through `probs` alone.
+    f[m] is `load`, P[m] is `mean_probs`, both of the tokens of the global batch. Uniform top-1
+    routing gives 1. The gradient flows through `mean_probs` alone.
     """
-    mean_prob = _token_mean(probs, is_token)
-    experts_per_group = probs.shape[-1]
-    return experts_per_group * jnp.mean(jnp.sum(jax.lax.stop_gradient(load) * mean_prob, axis=-1))
+    of_groups = jnp.sum(jax.lax.stop_gradient(load) * mean_probs, axis=-1)
+    return load.shape[-1] * jnp.mean(of_groups, axis=-1)
 
 
 @jax.named_scope("routing")

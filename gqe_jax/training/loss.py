@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from gqe_jax.config import OptimizerConfig
 from gqe_jax.model.attention import AttentionAux
-from gqe_jax.sharding import partition_spec
+from gqe_jax.sharding import free_axes, partition_spec
 
 
 class TeacherOutput(NamedTuple):
@@ -191,7 +191,7 @@ def _sums_over_chunks(
       by_row: the sums are of each row of the batch, not of all.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or not free_axes(mesh):
         return local_sums(_Axes(None, None), table, hidden, per_token, fixed)
 
     def rows(x):

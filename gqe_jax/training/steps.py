@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from gqe_jax.config import RunConfig
 from gqe_jax.data.batch import Batch
+from gqe_jax.model import routing
 from gqe_jax.model.attention import AttentionAux
-from gqe_jax.sharding import OnMesh, batch_sharding, constrain, shardings
+from gqe_jax.sharding import RULES, OnMesh, batch_sharding, constrain, free_axes, shardings
 from gqe_jax.training import loss as losses
 from gqe_jax.training import spikes
 from gqe_jax.training.average import update_average
@@ -61,12 +62,18 @@ def forward_loss(
     batch: Batch,
     token_count: Float[Array, ""],
     teacher: Teacher | None = None,
+    replicas: str | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], AttentionAux]]:
     """Returns the loss, and with it (cross-entropy, aux).
 
     The loss is the summed cross-entropy over `token_count`, plus the z-loss and the router's
     losses. With a teacher, the divergence from it replaces `distillation_weight` of the
     cross-entropy.
+
+    Args:
+      replicas: a manual axis of the mesh, over whose replicas the batch is sharded. The loss and
+        the cross-entropy are then a replica's share, and the sums over replicas are theirs; the aux
+        is that of all tokens.
     """
     model = nnx.merge(graphdef, params)
     hidden, aux, _ = model(batch.inputs, segment_ids=batch.segment_ids)
@@ -78,7 +85,21 @@ def forward_loss(
         z_loss_weight=config.optimizer.z_loss_weight,
         teacher=None if teacher is None else _output(teacher, batch, config),
     )
-    return objective + losses.router_loss(aux, config.optimizer), (cross_entropy, aux)
+    if replicas is None:
+        return objective + losses.router_loss(aux, config.optimizer), (cross_entropy, aux)
+    aux = _of_all_tokens(aux, batch, replicas)
+    share = losses.router_loss(aux, config.optimizer) / jax.lax.axis_size(replicas)
+    return objective + share, (cross_entropy, aux)
+
+
+def _of_all_tokens(aux: AttentionAux, batch: Batch, replicas: str) -> AttentionAux:
+    """The router's statistics of all replicas, each of which has those of its own tokens."""
+    is_token = jnp.ones(batch.inputs.shape) if batch.segment_ids is None else batch.segment_ids != 0
+    tokens = jnp.sum(is_token, dtype=jnp.float32)
+    share = tokens / jnp.maximum(jax.lax.psum(tokens, replicas), 1.0)
+    means = jax.lax.psum(jax.tree.map(lambda mean: share * mean, aux), replicas)
+    balancing = routing.load_balancing_loss(means.mean_probs, means.expert_load)
+    return dataclasses.replace(means, load_balancing_loss=balancing)
 
 
 def _output(teacher: Teacher, batch: Batch, config: RunConfig) -> losses.TeacherOutput:
@@ -99,15 +120,59 @@ def gradients(
 
     With accumulation every token has the same weight in the cross-entropy. The router's statistics
     are computed over each part of the batch, on all devices, and their losses averaged over parts.
+    The gradients are summed over the data axis once, after those of the parts were added up; on a
+    mesh that also has `tensor` beside `fsdp` or `context`, for each part.
     """
+    token_count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    if config.accumulation_steps == 1:
+        (_, (cross_entropy, aux)), grads = jax.value_and_grad(
+            functools.partial(forward_loss, config, graphdef, teacher=teacher), has_aux=True
+        )(params, batch, token_count)
+        return grads, cross_entropy, aux
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _sums_once(mesh):
+        return _accumulated(config, graphdef, None, params, batch, token_count, teacher)
+
+    def of_replica(params, batch, token_count, teacher_params):
+        guide = None if teacher is None else dataclasses.replace(teacher, params=teacher_params)
+        grads, cross_entropy, aux = _accumulated(
+            config, graphdef, "data", params, batch, token_count, guide
+        )
+        return *jax.lax.psum((grads, cross_entropy), "data"), aux
+
+    whole = PartitionSpec()
+    return jax.shard_map(
+        of_replica,
+        in_specs=(whole, PartitionSpec("data"), whole, whole),
+        out_specs=whole,
+        axis_names=set(mesh.axis_names) - set(free_axes(mesh)) | {"data"},
+        check_vma=False,  # nor have those inside this one
+    )(params, batch, token_count, None if teacher is None else teacher.params)
+
+
+def _sums_once(mesh: AbstractMesh) -> bool:
+    """Whether the data axis can be manual: there is one, and the embedding is not sharded over both
+    of its axes, whose lookup XLA then cannot partition."""
+    free = {} if mesh.empty else free_axes(mesh)
+    return "data" in free and not all(set(RULES[axis]) & set(free) for axis in ("vocab", "embed"))
+
+
+def _accumulated(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    replicas: str | None,
+    params: nnx.State,
+    batch: Batch,
+    token_count: Float[Array, ""],
+    teacher: Teacher | None,
+) -> tuple[nnx.State, Float[Array, ""], AttentionAux]:
+    """What `gradients` returns, from one part of the batch after the other; `replicas` as in
+    `forward_loss`, of whose replicas each has its own sums of gradients and cross-entropy."""
     parts = config.accumulation_steps
     value_and_grad = jax.value_and_grad(
-        functools.partial(forward_loss, config, graphdef, teacher=teacher), has_aux=True
+        functools.partial(forward_loss, config, graphdef, teacher=teacher, replicas=replicas),
+        has_aux=True,
     )
-    token_count = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    if parts == 1:
-        (_, (cross_entropy, aux)), grads = value_and_grad(params, batch, token_count)
-        return grads, cross_entropy, aux
 
     def split(x):
         # Part i takes row i and every parts-th after it, so that it has rows of every device.

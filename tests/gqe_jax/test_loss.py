@@ -132,6 +132,7 @@ def test_the_logits_of_the_whole_batch_never_exist():
 
 def test_router_losses_are_summed_over_layers_with_their_weights():
     layers = jnp.array([1.0, 2.0, 4.0])
-    aux = AttentionAux(layers, 10 * layers, jnp.zeros((3, 1, 2)), jnp.zeros((3, 1)))
+    of_experts = jnp.zeros((3, 1, 2))
+    aux = AttentionAux(layers, 10 * layers, of_experts, jnp.zeros((3, 1)), of_experts)
     config = OptimizerConfig(load_balancing_weight=0.01, router_z_loss_weight=0.001)
     assert float(router_loss(aux, config)) == pytest.approx(0.07 + 0.07)

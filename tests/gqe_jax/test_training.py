@@ -16,7 +16,8 @@ from gqe_jax.config import (
     RunConfig,
 )
 from gqe_jax.data import Batch
-from gqe_jax.sharding import batch_sharding, global_batch, make_mesh
+from gqe_jax.sharding import OnMesh, batch_sharding, global_batch, make_mesh
+from gqe_jax.training.state import lay_out_state
 from gqe_jax.training.steps import Teacher, gradients, make_steps
 
 CONFIG = RunConfig(
@@ -139,6 +140,44 @@ def test_accumulation_counts_every_token_alike(on_one_device):
     whole = dataclasses.replace(CONFIG, optimizer=optimizer)
     parts = dataclasses.replace(whole, accumulation_steps=4, mesh=MeshConfig(data=2, fsdp=2))
     np.testing.assert_allclose(losses(parts, 4), losses(whole, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "distils"),
+    [
+        (MeshConfig(data=2, fsdp=2), False),
+        pytest.param(MeshConfig(data=4), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_that_are_summed_once_over_data_are_those_of_one_device(mesh, distils):
+    """With padding that only one replica has, and router losses that weigh much."""
+    one = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=1),
+        optimizer=dataclasses.replace(
+            CONFIG.optimizer, load_balancing_weight=1.0, router_z_loss_weight=0.1
+        ),
+        accumulation_steps=2,
+    )
+
+    def of(config, devices):
+        mesh = make_mesh(config.mesh, jax.devices()[:devices])
+        layout = lay_out_state(config, mesh)
+        params = layout.init().params
+        batch = global_batch(batch_sharding(mesh), 16, make_batch(0, segments=True))
+
+        def function(params, batch):
+            teacher = Teacher(layout.graphdef, params) if distils else None
+            return gradients(config, layout.graphdef, params, batch, teacher)
+
+        return jax.device_get(OnMesh(mesh, jax.jit(function))(params, batch))
+
+    def compare(actual, expected):
+        scale = float(np.abs(expected).max(initial=1e-3))
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
+
+    jax.tree.map(compare, of(dataclasses.replace(one, mesh=mesh), 4), of(one, 1))
 
 
 def test_losses_and_gradient_equal_the_definition():
