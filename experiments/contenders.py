@@ -124,6 +124,10 @@ def of_recipes(base: RunConfig) -> Mapping[str, RunConfig]:
         "balancing x 10": optimizer(
             load_balancing_weight=base.optimizer.load_balancing_weight * 10
         ),
+        "balancing by a bias": dataclasses.replace(
+            attention_of(base, selection_bias=True),
+            optimizer=dataclasses.replace(base.optimizer, load_balancing_weight=0.0),
+        ),
         "router's z-loss 0.001": optimizer(router_z_loss_weight=1e-3),
         "router starts at 0": attention_of(base, router_init_std=0.0),
         "router starts at 0.2": attention_of(base, router_init_std=0.2),

@@ -120,6 +120,9 @@ class AttentionConfig:
     straight_through: bool = False
     """Let the router learn from the hard slots: each is multiplied by p / stop_gradient(p), which
     is 1, where p is its expert's probability. Not in the paper."""
+    selection_bias: bool = False
+    """Add a bias to each expert's logit for the selection alone, which balances the experts without
+    a loss, at `optimizer.selection_bias_rate` (arXiv 2408.15664). Not in the paper."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "variant", Variant)
@@ -131,6 +134,8 @@ class AttentionConfig:
         weighted = self.straight_through and self.variant == "weighted_concat"
         remedy = "the slots of weighted_concat are weighted by the probabilities already"
         _check(self, "straight_through", not weighted, remedy)
+        routed = self.variant != "gqa"
+        _check(self, "selection_bias", routed or not self.selection_bias, "gqa selects no experts")
         for field in ("expert_init_spread", "extra_slot_scale"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         experts, groups = self.num_query_experts, self.num_kv_heads
@@ -299,6 +304,9 @@ class OptimizerConfig:
     router_learning_rate_factor: float = 1.0
     """The router's learning rate as a multiple of that of all other parameters; its weight decay
     stays the same."""
+    selection_bias_rate: float = 1e-3
+    """With `model.attention.selection_bias`, what a step adds to the bias of each expert that fewer
+    tokens than the mean of its group select, and takes from those with more; in logits."""
     tied_fraction: float = 0.0
     """Fraction of the schedule in which the query experts of a group are tied, at first whole and
     then less and less: of an expert's update, the mean over the group takes the place of a part
@@ -341,7 +349,7 @@ class OptimizerConfig:
             _check_positive(self, "schedule_steps")
         for field in ("warmup_fraction", "decay_fraction", "distillation_weight", "tied_fraction"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
-        _check_not_negative(self, "router_learning_rate_factor")
+        _check_not_negative(self, "router_learning_rate_factor", "selection_bias_rate")
         _check_choice(self, "name", OptimizerName)
         _check_choice(self, "schedule", Schedule)
         fits = self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1

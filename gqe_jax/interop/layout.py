@@ -68,6 +68,8 @@ def attention_entries(config: AttentionConfig) -> list[Entry]:
             maps |= {"shared_key": "k_shared", "shared_value": "v_shared"}
     entries = [Entry((ours, "kernel"), f"{name}.weight") for ours, name in maps.items()]
     entries.append(Entry(("out", "kernel"), "o_proj.weight", inputs=2))
+    if config.selection_bias:  # the name is ours
+        entries.append(Entry(("selection_bias",), "router.selection_bias", inputs=0))
     if config.qk_norm:
         for ours, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
             entries.append(Entry((ours, "scale"), f"{name}.weight", inputs=0))

@@ -153,6 +153,8 @@ def convert(dense: nnx.State, config: ModelConfig, *, seed: int, scaled: bool) -
     kernel = lambda name: ("layers", "attention", name, "kernel")  # noqa: E731
     shape, std = abstract[kernel("router")].shape, config.attention.router_init_std
     weights[kernel("router")] = std * jax.random.normal(jax.random.key(seed), shape)
+    if config.attention.selection_bias:
+        weights["layers", "attention", "selection_bias"] = jnp.zeros((*shape[:1], *shape[2:]))
     weights[kernel("out")] = _mean_out(weights[kernel("out")], config.attention, scaled)
     weights[kernel("shared_query")] = jnp.mean(weights[kernel("query")], axis=(2, 3))
     if config.attention.shared_kv == "own":

@@ -24,6 +24,9 @@ position * rope_theta ** (-2 i / head_dim): (a, b) becomes (a cos - b sin, b cos
 x / sqrt(mean(x ** 2) + qk_norm_epsilon) * scale over head_dim, with one scale [head_dim] for all
 queries, the shared one included, and one for all keys.
 
+With `selection_bias`, the order in (3) is that of the logits plus a bias [g, m]; selected[g, j]
+stays the probability of the j-th.
+
 Variants: `gqe` has all slots. `hard_concat` has the hard slots alone, so its router learns from the
 losses in the aux alone. `weighted_concat` has the hard slots, each times selected[g, j]. `gqa` has
 no router; its slots are attend(query[g, m], key[g], value[g]), group-major. The shared head attends
@@ -50,6 +53,7 @@ from gqe_jax.model import routing
 from gqe_jax.model.cache import KVCache, with_cache
 from gqe_jax.model.layers import (
     apply_rope,
+    logical_axes,
     near_each_other,
     projection,
     rms_norm,
@@ -86,6 +90,7 @@ class _Attention(nnx.Module):
 
     slots: Callable[..., tuple[Slots, AttentionAux, KVCache | None]]
     router: nnx.LinearGeneral
+    selection_bias: nnx.Param
 
     def __init__(
         self,
@@ -240,11 +245,13 @@ class _Attention(nnx.Module):
         """
         config, has_shared = self.config, hasattr(self, "shared_query")
         routes = config.variant != "gqa"
+        bias = self.selection_bias[...] if config.selection_bias else None
         if not self._in_one_pass(x):
             logits = index = None
             if routes:
                 logits = self.router(x.astype(jnp.float32))
-                index = routing.select_top_k(logits, config.top_k)
+                biased = logits if bias is None else logits + bias
+                index = routing.select_top_k(biased, config.top_k)
             routed = Routed(
                 self._rope("query", x, positions),
                 self._rope("key", x, positions),
@@ -267,6 +274,7 @@ class _Attention(nnx.Module):
             shared_query=weight("shared_query") if has_shared else None,
             cos=jnp.cos(angle),
             sin=jnp.sin(angle),
+            selection_bias=bias,
             query_scale=scale("query_norm"),
             key_scale=scale("key_norm"),
             top_k=config.top_k,
@@ -312,7 +320,8 @@ class GroupedQueryExperts(_Attention):
     [embed, group, head_dim], `router.kernel` [embed, group, expert], `out.kernel`
     [slot, head_dim, embed]; with variant `gqe`, `shared_query.kernel` [embed, head_dim], and with
     `shared_kv="own"` also `shared_key.kernel` and `shared_value.kernel` [embed, head_dim]; with
-    `qk_norm`, `query_norm.scale` and `key_norm.scale` [head_dim].
+    `qk_norm`, `query_norm.scale` and `key_norm.scale` [head_dim]; with `selection_bias`,
+    `selection_bias` [group, expert], which gets no gradient.
 
     Raises:
       ConfigError: the variant is `gqa`.
@@ -355,6 +364,9 @@ class GroupedQueryExperts(_Attention):
             precision=jax.lax.Precision.HIGHEST,
             rngs=rngs,
         )
+        if config.selection_bias:
+            zeros = jnp.zeros((config.num_kv_heads, config.experts_per_group))
+            self.selection_bias = nnx.Param(zeros, **logical_axes("group", None))
         if config.variant == "gqe":
             shared = functools.partial(
                 projection,

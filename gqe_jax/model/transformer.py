@@ -217,7 +217,7 @@ def unrolled(model: Transformer) -> Transformer:
     graphdef, state = nnx.split(model)
 
     def store(path, param):
-        in_float32 = {"router", "scale"} & set(path)  # the router and the norms
+        in_float32 = {"router", "selection_bias", "scale"} & set(path)  # the last of norms
         return param if in_float32 else param.replace(param[...].astype(dtype))
 
     def layer(i, param):

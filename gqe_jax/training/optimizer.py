@@ -95,10 +95,32 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """Mask of the parameters with weight decay: all but the scales of norms."""
+    """Mask of the parameters with weight decay: all but scales of norms and biases."""
+    without = {"scale", "selection_bias"}
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(getattr(key, "key", None) == "scale" for key in path), params
+        lambda path, _: not any(getattr(key, "key", None) in without for key in path), params
     )
+
+
+def balance_selection[Params](
+    params: Params, load: Float[Array, "layer group expert"], rate: float
+) -> Params:
+    """The parameters, with each selection bias `rate` higher or lower: arXiv 2408.15664.
+
+    The bias of an expert that more tokens than the mean of its group selected falls, that of one
+    with fewer rises.
+
+    Args:
+      load: the share of tokens that selected each expert.
+      rate: in logits.
+    """
+    change = rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+    def of(path, x):
+        named = any(getattr(key, "key", None) == "selection_bias" for key in path)
+        return x + change if named else x
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def tie_experts(part: optax.Schedule) -> optax.GradientTransformation:

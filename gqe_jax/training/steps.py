@@ -21,7 +21,12 @@ from gqe_jax.training import loss as losses
 from gqe_jax.training import spikes
 from gqe_jax.training.average import update_average
 from gqe_jax.training.compiler_options import compiler_options
-from gqe_jax.training.optimizer import gradient_norms, learning_rate_schedule, make_optimizer
+from gqe_jax.training.optimizer import (
+    balance_selection,
+    gradient_norms,
+    learning_rate_schedule,
+    make_optimizer,
+)
 from gqe_jax.training.state import StateLayout, TrainState, lay_out_state
 from gqe_kernels import Implementation
 
@@ -236,6 +241,9 @@ def make_steps(
                 grads = jax.lax.with_sharding_constraint(grads, spread)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
+            if config.model.attention.selection_bias:
+                rate = config.optimizer.selection_bias_rate
+                params = balance_selection(params, aux.expert_load, rate)
             average = state.average
             if average is not None and config.optimizer.average_decay is not None:
                 average = update_average(

@@ -24,6 +24,7 @@ class Projection:
     Attributes:
       query, key, value: the weights, in the dtype of the computation.
       router: float32; None: every expert is selected, in order, which is grouped-query attention.
+      selection_bias: added to the logits where experts are selected; float32, without gradient.
       shared_query: that of the shared head; None: there is no such head.
       cos, sin: of the angles by which RoPE rotates each pair of features; float32. With a batch of
         1 they are those of every row.
@@ -42,6 +43,7 @@ class Projection:
     shared_query: Float[Array, "embed head_dim"] | None
     cos: Float[Array, "#batch length half"]
     sin: Float[Array, "#batch length half"]
+    selection_bias: Float[Array, "group expert"] | None = None
     query_scale: Float[Array, "head_dim"] | None = None
     key_scale: Float[Array, "head_dim"] | None = None
     top_k: int = dataclasses.field(default=1, metadata={"static": True})
@@ -68,6 +70,7 @@ class Projected:
 _HEAD: Any = ("embed", "group", None)
 _EXPERTS: Any = (*_HEAD, None)
 _SHARED: Any = ("embed", None)
+_BIAS: Any = ("group", None)
 _ANGLES: Any = ("batch", "sequence", None)
 _SCALE: Any = (None,)
 PROJECTION_AXES = Projection(
@@ -78,6 +81,7 @@ PROJECTION_AXES = Projection(
     shared_query=_SHARED,
     cos=_ANGLES,
     sin=_ANGLES,
+    selection_bias=_BIAS,
     query_scale=_SCALE,
     key_scale=_SCALE,
 )
@@ -117,7 +121,8 @@ def reference(x: Float[Array, "batch length embed"], projection: Projection) -> 
     logits = index = shared_query = shared_key = shared_value = None
     if projection.router is not None:
         logits = product(x.astype(jnp.float32), projection.router.astype(jnp.float32))
-        index = jax.lax.top_k(jax.lax.stop_gradient(logits), projection.top_k)[1]
+        bias = 0.0 if projection.selection_bias is None else projection.selection_bias
+        index = jax.lax.top_k(jax.lax.stop_gradient(logits + bias), projection.top_k)[1]
     query = norm_and_rotate(product(x, projection.query), projection, projection.query_scale)
     key = norm_and_rotate(product(x, projection.key), projection, projection.key_scale)
     value = product(x, projection.value)

@@ -112,6 +112,27 @@ def test_only_the_weighted_paths_let_the_loss_reach_the_router(variant):
         assert reached > 1e-3
 
 
+@pytest.mark.parametrize("implementation", [None, "xla"], ids=str)
+def test_a_selection_bias_changes_which_experts_are_selected_alone(implementation):
+    config = make_config("gqe", 2, 4, selection_bias=True)
+    plain, named, x = make_layer(make_config("gqe", 2, 4))
+    layer = make_attention(config, implementation=implementation, rngs=nnx.Rngs(0))
+    bias = np.random.default_rng(4).normal(size=(2, 4)).astype(np.float32)
+    nnx.update(layer, nnx.state(plain, nnx.Param))
+    layer.selection_bias[...] = jnp.asarray(bias)
+
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (named, x))
+    logits = np.einsum("bld,dgm->blgm", exact[1], exact[0]["router"])
+    index = np.argsort(-(logits + bias), axis=-1, kind="stable")[..., :2]
+    assert np.any(index != oracle.select(*exact, 2))
+    expected, _ = oracle.layer(np, config, *exact, index)
+    y, aux, _ = layer(x, return_routing=True)
+    np.testing.assert_array_equal(aux.expert_index, index)
+    assert_close(y, expected, 1e-5, "output")
+    grads = nnx.grad(lambda layer: jnp.sum(layer(x)[0] ** 2))(layer)
+    np.testing.assert_array_equal(grads["selection_bias"][...], 0.0)
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_straight_through_changes_the_router_s_gradient_alone(top_k):
     """The gradient of a slot's weight is that of the slot times the slot, summed over features."""

@@ -29,6 +29,11 @@ from gqe_jax.config_json import differences, from_dict, to_dict
             "straight_through is True; the slots of weighted_concat are weighted",
         ),
         (AttentionConfig, {"expert_init_spread": 1.5}, "expert_init_spread is 1.5; .* 0 and 1"),
+        (
+            AttentionConfig,
+            {"variant": "gqa", "selection_bias": True},
+            "selection_bias is True; gqa selects no experts",
+        ),
         (AttentionConfig, {"extra_slot_scale": -1.0}, "extra_slot_scale is -1.0; .* 0 and 1"),
         (
             RunConfig,

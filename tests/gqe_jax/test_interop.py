@@ -195,7 +195,13 @@ def test_nothing_is_overwritten(imported):
 @pytest.mark.parametrize("variant", ["gqe", "hard_concat"])
 def test_the_authors_layout_of_a_model_round_trips(variant, tmp_path):
     attention = AttentionConfig(
-        variant, embed_dim=32, num_query_experts=4, num_kv_heads=2, top_k=2, qk_norm=True
+        variant,
+        embed_dim=32,
+        num_query_experts=4,
+        num_kv_heads=2,
+        top_k=2,
+        qk_norm=True,
+        selection_bias=variant == "hard_concat",
     )
     model = ModelConfig(attention, num_layers=2, mlp_dim=48, vocab_size=40, tied_embedding=False)
     rng = np.random.default_rng(5)

@@ -161,13 +161,17 @@ def test_a_first_moment_in_bfloat16_changes_updates_by_its_rounding():
     assert dtypes == {"bfloat16", "float32"}
 
 
-def test_only_the_norms_are_spared_the_decay():
-    attention = AttentionConfig(embed_dim=16, num_query_experts=4, num_kv_heads=2)
+def test_only_the_norms_and_the_bias_are_spared_the_decay():
+    attention = AttentionConfig(
+        embed_dim=16, num_query_experts=4, num_kv_heads=2, selection_bias=True
+    )
     config = ModelConfig(attention=attention, num_layers=2, mlp_dim=16, vocab_size=16)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     mask = nnx.to_flat_state(decay_mask(nnx.state(model, nnx.Param)))
     spared = {"/".join(map(str, path)) for path, value in mask if not value.get_value()}
-    assert spared == {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}
+    bias = "layers/attention/selection_bias"
+    norms = {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}
+    assert spared == {bias, *norms}
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])

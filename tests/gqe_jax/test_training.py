@@ -180,6 +180,23 @@ def test_gradients_that_are_summed_once_over_data_are_those_of_one_device(mesh, 
     jax.tree.map(compare, of(dataclasses.replace(one, mesh=mesh), 4), of(one, 1))
 
 
+def test_a_selection_bias_moves_against_the_load():
+    """By its rate a step, whatever the optimizer does to all other parameters."""
+    attention = dataclasses.replace(CONFIG.model.attention, selection_bias=True)
+    optimizer = dataclasses.replace(
+        CONFIG.optimizer, name="muon", load_balancing_weight=0.0, selection_bias_rate=0.125
+    )
+    model = dataclasses.replace(CONFIG.model, num_layers=1, attention=attention)
+    config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
+    steps = make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
+    state, expected = steps.layout.init(), np.zeros((1, 4, 2))
+    for step in range(4):
+        state, metrics = steps.train_step(state, make_batch(step))
+        expected += 0.125 * np.sign(0.5 - np.asarray(metrics["expert_load"]))
+    bias = dict(nnx.to_flat_state(state.params))["layers", "attention", "selection_bias"]
+    np.testing.assert_array_equal(bias[...], expected)
+
+
 def test_losses_and_gradient_equal_the_definition():
     """loss = cross-entropy + 0.01 · aux, from the logits of the whole batch."""
     steps = make_steps(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))

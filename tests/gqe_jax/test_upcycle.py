@@ -114,11 +114,14 @@ def test_least_squares_equals_the_oracles():
 
 
 def test_only_w_o_the_router_and_the_shared_head_are_new():
-    params = dense_params()
-    routed = dict(nnx.to_flat_state(convert(params, routed_config(1), seed=0, scaled=True)))
+    params, config = dense_params(), routed_config(1)
+    attention = dataclasses.replace(config.attention, selection_bias=True)
+    config = dataclasses.replace(config, attention=attention)
+    routed = dict(nnx.to_flat_state(convert(params, config, seed=0, scaled=True)))
+    assert not np.any(routed["layers", "attention", "selection_bias"][...])
     given = dict(nnx.to_flat_state(params))
     new = {path[2] for path in routed.keys() - given.keys()}
-    assert new == {"router", "shared_query"}
+    assert new == {"router", "selection_bias", "shared_query"}
     assert given.keys() < routed.keys()
     for path, value in given.items():
         if path[2:3] != ("out",):

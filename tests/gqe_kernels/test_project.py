@@ -30,6 +30,7 @@ class Case:
     shared: bool = True
     means: bool = True
     norm: bool = False
+    biased: bool = False
     rows_of_angles: int = 1
     chunks: int = 1
     dtype: str = "float32"
@@ -42,11 +43,11 @@ class Case:
 CASES = (
     Case(),
     Case(batch=2, rows_of_angles=2, length=260, k=2),
-    Case(group=2, expert=3, k=2),
+    Case(group=2, expert=3, k=2, biased=True),
     Case(head_dim=128, group=3, norm=True),
     Case(group=4, norm=True, means=False),
     Case(head_dim=128, group=4, expert=4, k=3, chunks=2),
-    Case(expert=4, k=2, chunks=2),
+    Case(expert=4, k=2, chunks=2, biased=True),
     Case(head_dim=256, group=1, shared=False, means=False),
     Case(routed=False, shared=False, means=False),
     Case(dtype="bfloat16", k=2),
@@ -70,6 +71,7 @@ def make(case: Case) -> tuple[jax.Array, Projection]:
     angle = rng.uniform(0, 6, (case.rows_of_angles, case.length, case.head_dim // 2))
     scales = [jnp.asarray(rng.uniform(0.5, 1.5, case.head_dim), jnp.float32) for _ in range(2)]
     router = draw(embed, case.group, case.expert).astype(jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(case.group, case.expert)), jnp.float32)
     projection = Projection(
         draw(embed, case.group, case.expert, case.head_dim),
         draw(embed, case.group, case.head_dim),
@@ -79,6 +81,7 @@ def make(case: Case) -> tuple[jax.Array, Projection]:
         draw(embed, case.head_dim) if case.shared else None,
         jnp.asarray(np.cos(angle), jnp.float32),
         jnp.asarray(np.sin(angle), jnp.float32),
+        bias if case.biased else None,
         *(scales if case.norm else (None, None)),
         top_k=case.k,
         means=case.means,
@@ -150,7 +153,8 @@ def check(case: Case, forward, backward) -> None:
     index = projected.expert_index
     theirs = in_float64(np, case, None if index is None else np.asarray(index), x, projection)
     if case.routed:
-        order = np.argsort(-theirs["logits"], axis=-1, kind="stable")
+        bias = 0.0 if projection.selection_bias is None else np.float64(projection.selection_bias)
+        order = np.argsort(-(theirs["logits"] + bias), axis=-1, kind="stable")
         np.testing.assert_array_equal(index, order[..., : case.k])
     ours = outputs(projected)
     assert_near(ours, theirs, tolerance)
@@ -169,6 +173,8 @@ def check(case: Case, forward, backward) -> None:
         given = {n: jnp.asarray(np.asarray(w, np.float64)) for n, w in given.items()}
         of_x, of_weights = jax.grad(total, (0, 1))(jnp.asarray(np.asarray(x, np.float64)), given)
     gradients = {n: getattr(d_projection, n) for n in of_weights}
+    if case.biased:
+        assert not np.any(d_projection.selection_bias)
     assert_near({"x": d_x} | gradients, {"x": of_x} | of_weights, tolerance)
 
 

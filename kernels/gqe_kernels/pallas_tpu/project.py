@@ -60,6 +60,7 @@ class Weights:
     key: Float[Array, "embed kv_lanes"]
     value: Float[Array, "embed kv_lanes"]
     narrow: Float[Array, "embed lanes"] | None
+    selection_bias: Float[Array, "expert padded_groups lanes"] | None = None
     query_scale: Float[Array, "1 row"] | None = None
     key_scale: Float[Array, "1 row"] | None = None
 
@@ -145,6 +146,8 @@ def _kernel(
             logits = _sum_parts(columns, y.T)
             for m, of_expert in enumerate(logits):
                 outputs.logits[m] = of_expert[: columns.group]
+            if weights.selection_bias is not None:
+                logits = [x + weights.selection_bias[m, :, :1] for m, x in enumerate(logits)]
             index = largest(logits, outputs.expert_index.shape[0])
             for j, of_rank in enumerate(index):
                 outputs.expert_index[j] = of_rank[: columns.group]
@@ -357,7 +360,7 @@ def project(
         if chunks > 1 and path[0].name in wide:
             return pl.BlockSpec((embed, w.shape[1] // chunks), lambda b, i, c: (0, c))
         # Fetched once, and in no need of a second buffer.
-        return pl.BlockSpec(w.shape, lambda b, i, c: (0, 0), pipeline_mode=pl.Buffered(1))
+        return pl.BlockSpec(w.shape, lambda *_: (0,) * w.ndim, pipeline_mode=pl.Buffered(1))
 
     def angles(a):
         return pl.BlockSpec((None, block, row), lambda b, i, c: (b if a.shape[0] > 1 else 0, i, 0))

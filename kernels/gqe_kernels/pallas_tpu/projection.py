@@ -121,6 +121,11 @@ def _weights(projection: Projection, router_parts: list[Array]) -> Weights:
         by_expert = jnp.moveaxis(part.astype(dtype), 1, 2)
         beyond = columns.padded_groups - columns.group
         narrow.append(flat(jnp.pad(by_expert, ((0, 0), (0, 0), (0, beyond)))))
+    bias = projection.selection_bias
+    if bias is not None:  # a column for each expert, which the tokens in the lanes share
+        beyond = columns.padded_groups - columns.group
+        bias = jnp.pad(bias.astype(jnp.float32).T, ((0, 0), (0, beyond)))
+        bias = jnp.broadcast_to(bias[:, :, None], (*bias.shape, LANES))
     if narrow:
         used = sum(x.shape[1] for x in narrow)
         narrow.append(jnp.zeros((embed, columns.lanes - used), dtype))
@@ -129,6 +134,7 @@ def _weights(projection: Projection, router_parts: list[Array]) -> Weights:
         key=flat(projection.key),
         value=flat(projection.value),
         narrow=jnp.concatenate(narrow, axis=1) if narrow else None,
+        selection_bias=bias,
         query_scale=scale(projection.query_scale),
         key_scale=scale(projection.key_scale),
     )
@@ -258,8 +264,10 @@ def backward(
         first, last = columns.first(0, 0), columns.first(exact, 0)
         router = narrow[:, first:last].reshape(-1, *rows).sum(axis=1)[:, :, : columns.group]
         router = jnp.swapaxes(router, 1, 2)
+    bias = projection.selection_bias
     return d_x, dataclasses.replace(
         projection,
+        selection_bias=None if bias is None else jnp.zeros_like(bias),
         query=query.astype(x.dtype).reshape(projection.query.shape),
         key=key.astype(x.dtype).reshape(projection.key.shape),
         value=value.astype(x.dtype).reshape(projection.value.shape),
