@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gqe_kernels import (
     Implementation,
@@ -167,6 +168,7 @@ class RoutedAttentionContract:
     dtype = jnp.float32  # of the tests that compare with no oracle
     base = Case()
     float32_cases = CASES
+    by_default = slice(None)  # of the float32 cases, those that are not slow
     bfloat16_cases: tuple[Case, ...] = (
         Case(),
         Case(expert=4, k=2, segments="packed"),
@@ -177,7 +179,12 @@ class RoutedAttentionContract:
         if "case" in metafunc.fixturenames:
             dtype = metafunc.function.__name__.removeprefix("test_")
             cases = getattr(self, f"{dtype}_cases")
-            metafunc.parametrize("case", cases, ids=lambda case: case.name)
+            soon = cases[self.by_default] if dtype == "float32" else cases
+            marked = [
+                case if case in soon else pytest.param(case, marks=pytest.mark.slow)
+                for case in cases
+            ]
+            metafunc.parametrize("case", marked, ids=lambda case: case.name)
 
     def call(self, *args, **kwargs):
         return routed_attention(*args, implementation=self.implementation, **kwargs)
