@@ -313,10 +313,6 @@ def test_a_step_compiled_for_a_slice_that_is_not_here(compiled):
     assert products["gqe_backward"] == 5
     assert products["gqe_forward"] == 2
     assert any(c.kind == "all-gather" and c.axes == ("fsdp",) for c in compiled.collectives)
-    # Gradients are summed over data once, not for each layer of each part of the batch.
-    summed = [c for c in compiled.collectives if c.axes == ("data",) and c.bytes > 1000]
-    assert {c.times for c in summed} == {1}
-    assert sum(c.bytes for c in summed) == pytest.approx(memory.parameters, rel=0.01)
     # The backward pass has two products for each of the forward pass. Shared query and router need
     # 132 columns, and have 256.
     tokens, d = 2 * 128, 128
