@@ -134,8 +134,8 @@ class AttentionConfig:
         weighted = self.straight_through and self.variant == "weighted_concat"
         remedy = "the slots of weighted_concat are weighted by the probabilities already"
         _check(self, "straight_through", not weighted, remedy)
-        routed = self.variant != "gqa"
-        _check(self, "selection_bias", routed or not self.selection_bias, "gqa selects no experts")
+        biased = self.selection_bias and self.variant == "gqa"
+        _check(self, "selection_bias", not biased, "gqa selects no experts, so it must be False")
         for field in ("expert_init_spread", "extra_slot_scale"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "it must be between 0 and 1")
         experts, groups = self.num_query_experts, self.num_kv_heads

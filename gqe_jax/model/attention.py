@@ -321,7 +321,7 @@ class GroupedQueryExperts(_Attention):
     [slot, head_dim, embed]; with variant `gqe`, `shared_query.kernel` [embed, head_dim], and with
     `shared_kv="own"` also `shared_key.kernel` and `shared_value.kernel` [embed, head_dim]; with
     `qk_norm`, `query_norm.scale` and `key_norm.scale` [head_dim]; with `selection_bias`,
-    `selection_bias` [group, expert], which gets no gradient.
+    `selection_bias` [group, expert], float32, which gets no gradient.
 
     Raises:
       ConfigError: the variant is `gqa`.
@@ -365,7 +365,7 @@ class GroupedQueryExperts(_Attention):
             rngs=rngs,
         )
         if config.selection_bias:
-            zeros = jnp.zeros((config.num_kv_heads, config.experts_per_group))
+            zeros = jnp.zeros((config.num_kv_heads, config.experts_per_group), jnp.float32)
             self.selection_bias = nnx.Param(zeros, **logical_axes("group", None))
         if config.variant == "gqe":
             shared = functools.partial(

@@ -95,32 +95,30 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """Mask of the parameters with weight decay: all but scales of norms and biases."""
-    without = {"scale", "selection_bias"}
+    """Mask of the parameters with weight decay: all but scales of norms and selection biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(getattr(key, "key", None) in without for key in path), params
+        lambda path, _: not {"scale", "selection_bias"} & set(_names(path)), params
     )
 
 
 def balance_selection[Params](
-    params: Params, load: Float[Array, "layer group expert"], rate: float
+    params: Params, load: Float[Array, "*layers group expert"], rate: float
 ) -> Params:
     """The parameters, with each selection bias `rate` higher or lower: arXiv 2408.15664.
 
     The bias of an expert that more tokens than the mean of its group selected falls, that of one
-    with fewer rises.
+    with fewer rises. Nothing else changes it.
 
     Args:
-      load: the share of tokens that selected each expert.
+      params: of one layer, or of layers stacked along a leading axis.
+      load: the share of tokens that selected each expert, `AttentionAux.expert_load`.
       rate: in logits.
     """
     change = rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
-    def of(path, x):
-        named = any(getattr(key, "key", None) == "selection_bias" for key in path)
-        return x + change if named else x
-
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x + change if "selection_bias" in _names(path) else x, params
+    )
 
 
 def tie_experts(part: optax.Schedule) -> optax.GradientTransformation:
@@ -169,8 +167,11 @@ def _scale_router(
 
 
 def _is_kernel_of(name: str, path: tuple) -> bool:
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return names[-2:] == [name, "kernel"]
+    return _names(path)[-2:] == [name, "kernel"]
+
+
+def _names(path: tuple) -> list:
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

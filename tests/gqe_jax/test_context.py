@@ -105,12 +105,21 @@ def test_each_shard_holds_an_early_and_a_late_piece(context):
     np.testing.assert_array_equal(back, natural)
 
 
-def test_routing_is_returned_in_natural_order():
-    model = Transformer(make_config(MeshConfig()).model, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "context": 4}, {"data": 1, "context": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
+def test_routing_is_returned_in_natural_order(sizes):
+    """With a selection bias, which decides for some tokens."""
+    config = make_config(MeshConfig(), selection_bias=True).model
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    bias = model.layers.attention.selection_bias
+    bias[...] = 0.1 * jax.random.normal(jax.random.key(1), bias.shape)
     tokens = make_batch().inputs
     call = jax.jit(lambda tokens: model(tokens, return_routing=True)[1])
     expected = call(tokens)
-    mesh = make_mesh(MeshConfig(data=2, context=4))
+    most_probable = expected.router_probs.argmax(axis=-1)
+    assert 0.01 < np.mean(expected.expert_index[..., 0] != most_probable) < 0.99
+    mesh = make_mesh(MeshConfig(**sizes))
     actual = OnMesh(mesh, jax.jit(lambda tokens: model(tokens, return_routing=True)[1]))(tokens)
     np.testing.assert_array_equal(actual.expert_index, expected.expert_index)
     np.testing.assert_allclose(actual.router_probs, expected.router_probs, atol=1e-5)

@@ -158,11 +158,13 @@ def test_decoding_copies_neither_cache_nor_mean(variant):
 
 
 def test_weights_are_stored_in_the_type_they_are_computed_with():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    attention = dataclasses.replace(CONFIG.attention, selection_bias=True)
+    config = dataclasses.replace(CONFIG, attention=attention, dtype="bfloat16")
     model = nnx.eval_shape(lambda: unrolled(Transformer(config, rngs=nnx.Rngs(0))))
     stored = {"/".join(map(str, p)): v.dtype for p, v in nnx.to_flat_state(nnx.state(model))}
     assert stored["layers/1/mlp/up/kernel"] == jnp.bfloat16
     assert stored["layers/1/attention/router/kernel"] == jnp.float32
+    assert stored["layers/1/attention/selection_bias"] == jnp.float32
     assert stored["final_norm/scale"] == jnp.float32
 
 

@@ -104,7 +104,7 @@ def test_nothing_is_copied_between_products_and_kernels(name, chip, most):
 @pytest.mark.parametrize(
     ("topology", "axes", "fields", "length"),
     [
-        ("v5e:2x4", {"fsdp": 2, "context": 2, "tensor": 2}, {}, 256),
+        ("v5e:2x4", {"fsdp": 2, "context": 2, "tensor": 2}, {"selection_bias": True}, 256),
         ("tpu7x:2x2x1", {"tensor": 2, "data": 2}, {"variant": "gqa"}, 256),
         ("v5p:2x2x1", {"data": 4}, {"num_query_experts": 16, "top_k": 2}, 100),
     ],

@@ -179,9 +179,9 @@ class RoutedAttentionContract:
         if "case" in metafunc.fixturenames:
             dtype = metafunc.function.__name__.removeprefix("test_")
             cases = getattr(self, f"{dtype}_cases")
-            soon = cases[self.by_default] if dtype == "float32" else cases
+            default = cases[self.by_default] if dtype == "float32" else cases
             marked = [
-                case if case in soon else pytest.param(case, marks=pytest.mark.slow)
+                case if case in default else pytest.param(case, marks=pytest.mark.slow)
                 for case in cases
             ]
             metafunc.parametrize("case", marked, ids=lambda case: case.name)

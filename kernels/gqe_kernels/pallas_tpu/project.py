@@ -52,7 +52,8 @@ class Columns:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The projections' weights, and one row's scale of the norms, as the kernel reads them."""
+    """The projections' weights, the bias of the selection, and one row's scale of the norms, as the
+    kernel reads them."""
 
     __no_type_check__ = True
 
@@ -147,7 +148,7 @@ def _kernel(
             for m, of_expert in enumerate(logits):
                 outputs.logits[m] = of_expert[: columns.group]
             if weights.selection_bias is not None:
-                logits = [x + weights.selection_bias[m, :, :1] for m, x in enumerate(logits)]
+                logits = [y + weights.selection_bias[m, :, :1] for m, y in enumerate(logits)]
             index = largest(logits, outputs.expert_index.shape[0])
             for j, of_rank in enumerate(index):
                 outputs.expert_index[j] = of_rank[: columns.group]

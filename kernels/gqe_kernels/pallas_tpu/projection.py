@@ -106,6 +106,7 @@ def _weights(projection: Projection, router_parts: list[Array]) -> Weights:
       router_parts: of the router's weight [embed, group, expert], for the narrow product's columns.
     """
     layout, columns = _layout(projection), _columns(projection, len(router_parts))
+    beyond = columns.padded_groups - columns.group
     shared, narrow = projection.shared_query, []
     embed, dtype = len(projection.query), projection.query.dtype
 
@@ -119,11 +120,9 @@ def _weights(projection: Projection, router_parts: list[Array]) -> Weights:
         narrow.append(shared)
     for part in router_parts:
         by_expert = jnp.moveaxis(part.astype(dtype), 1, 2)
-        beyond = columns.padded_groups - columns.group
         narrow.append(flat(jnp.pad(by_expert, ((0, 0), (0, 0), (0, beyond)))))
     bias = projection.selection_bias
     if bias is not None:  # a column for each expert, which the tokens in the lanes share
-        beyond = columns.padded_groups - columns.group
         bias = jnp.pad(bias.astype(jnp.float32).T, ((0, 0), (0, beyond)))
         bias = jnp.broadcast_to(bias[:, :, None], (*bias.shape, LANES))
     if narrow:
