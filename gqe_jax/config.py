@@ -465,7 +465,7 @@ class RunConfig:
     """Predicted tokens per sequence."""
     attention_kernel: ImplementationName | None = None
     """The implementation of `gqe_kernels.routed_attention` for training; None: the best that is
-    known to work on the platform. `pallas_gpu`, for Hopper, must be named."""
+    known to work on the platform."""
     accumulation_steps: int = 1
     """Number of microbatches per step, whose gradients are accumulated to save memory."""
     seed: int = 0

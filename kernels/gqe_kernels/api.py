@@ -24,6 +24,8 @@ from gqe_kernels.contract import (
 from gqe_kernels.guard import without_padding, without_unseen
 
 _logger = logging.getLogger(__name__)
+# Up to so many keys "pallas_gpu" is the faster prefill on a GPU, by kernels/README.md's table.
+KERNEL_KEYS = 32_768
 
 
 def routed_attention(
@@ -66,11 +68,12 @@ def routed_attention(
         equal length, each at its own position, in ascending order: a part of a longer sequence.
       implementation: "reference" (float32, quadratic memory), "xla" (linear memory), "decode"
         (whole logits; reads keys and values once), "pallas_tpu" (a TPU kernel), "pallas_gpu" (a
-        kernel for Hopper GPUs, by name only: no GPU has run it yet) or "cudnn" (the selected
-        heads, through `jax.nn.dot_product_attention`); or a function of the contract
-        (`gqe_kernels.contract`), such as `functools.partial(pallas_tpu.attention, blocks=...)`.
-        None: "decode" for a single query; else, when lowered for TPU, "pallas_tpu", and for CUDA,
-        "cudnn", where they take the arguments; "xla" otherwise, which on a GPU logs the reason.
+        kernel for Hopper GPUs) or "cudnn" (the selected heads, through
+        `jax.nn.dot_product_attention`); or a function of the contract (`gqe_kernels.contract`),
+        such as `functools.partial(pallas_tpu.attention, blocks=...)`. None: "decode" for a single
+        query; else, when lowered for TPU, "pallas_tpu", and for CUDA, "pallas_gpu" up to 32,768
+        keys and "cudnn" beyond, or the other, where they take the arguments; "xla" otherwise,
+        which on a GPU logs the reasons.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -169,27 +172,38 @@ def best_attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     has_gpu = any(device.platform == "gpu" for device in jax.devices())
     by_platform = {
         platform: functools.partial(lambda attention, routed: attention(routed, mask, scale), found)
-        for platform, found in attention_by_platform(routed, mask, has_gpu=has_gpu).items()
+        for platform, found in attention_by_platform(routed, mask, scale, has_gpu=has_gpu).items()
     }
     return jax.lax.platform_dependent(routed, **by_platform)
 
 
-def attention_by_platform(routed: Routed, mask: Mask, *, has_gpu: bool) -> dict[str, Attention]:
+def attention_by_platform(
+    routed: Routed, mask: Mask, scale: float, *, has_gpu: bool
+) -> dict[str, Attention]:
     """The implementation for each platform, and "default" for the others.
 
     Args:
-      has_gpu: whether this process has a GPU: JAX asks cuDNN for its version while tracing. Why a
-        GPU does without cuDNN is logged, once for each reason.
+      has_gpu: whether this process has a GPU: the kernel asks for its generation while tracing, and
+        JAX for cuDNN's version. Why a GPU does without both is logged, once for each pair of
+        reasons.
     """
     found: dict[str, Attention] = {"default": xla.attention}
     if pallas_tpu.unsupported(routed, mask) is None:
         found["tpu"] = pallas_tpu.attention
     if has_gpu:
-        reason = cudnn.unsupported(routed.query, mask)
-        if reason is None:
-            found["cuda"] = cudnn.attention
+        from gqe_kernels import pallas_gpu  # imports Mosaic GPU
+
+        reasons = {
+            "pallas_gpu": pallas_gpu.unsupported(routed, scale),
+            "cudnn": cudnn.unsupported(routed.query, mask),
+        }
+        takes = [name for name, reason in reasons.items() if reason is None]
+        if takes:
+            is_long = routed.key.shape[1] > KERNEL_KEYS
+            found["cuda"] = _IMPLEMENTATIONS[takes[-1] if is_long else takes[0]]
         else:
-            _warn_once(f"attention on a GPU uses 'xla', for 'cudnn' does not take {reason}")
+            why = " and ".join(f"{name!r} does not take {why}" for name, why in reasons.items())
+            _warn_once(f"attention on a GPU uses 'xla', for {why}")
     return found
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gqe_kernels import reference
 from gqe_kernels.contract import Mask, Routed, Slots
 from gqe_kernels.guard import guarded
-from gqe_kernels.reference import Heads, Keys
+from gqe_kernels.reference import Heads, Keys, pad_rows
 
 
 def unsupported(query: Heads, mask: Mask) -> str | None:
@@ -46,15 +46,18 @@ def attend(
     reason = unsupported(query, mask)
     if reason is not None:
         raise NotImplementedError(f"implementation='cudnn' does not take {reason}")
+    (batch, q_len), kv_len = query.shape[:2], key.shape[1]
+    # JAX has no gradient by cuDNN of sequences of odd lengths.
     out = jax.nn.dot_product_attention(
-        query.reshape(*query.shape[:2], -1, query.shape[-1]),
-        key,
-        value,
+        pad_rows(query.reshape(batch, q_len, -1, query.shape[-1]), q_len % 2),
+        pad_rows(key, kv_len % 2),
+        pad_rows(value, kv_len % 2),
         scale=scale,
         is_causal=mask.causal,
+        key_value_seq_lengths=jnp.full(batch, kv_len, jnp.int32) if kv_len % 2 else None,
         implementation=backend,
     )
-    return out.reshape(query.shape)
+    return out[:, :q_len].reshape(query.shape)
 
 
 @guarded

@@ -29,6 +29,8 @@ FEW = (
     Case(head_dim=64, expert=4, k=2),
     Case(head_dim=64, shared=None, scale=0.5),
     Case(head_dim=64, causal=False, kv_len=37, shared="given"),
+    Case(head_dim=64, q_len=23, kv_len=23),
+    Case(head_dim=64, q_len=23, kv_len=9),
 )
 
 
@@ -37,7 +39,7 @@ class CudnnContract(RoutedAttentionContract):
     dtype = jnp.bfloat16
     base = Case(head_dim=64)
     float32_cases = ()
-    bfloat16_cases = TAKEN
+    bfloat16_cases = (*TAKEN, *FEW)
 
     def test_padding_gets_zero_rows_and_gives_no_gradient(self):
         pytest.skip("cuDNN is not called with segments")
@@ -53,22 +55,33 @@ class TestWithoutAGpu(CudnnContract):
     bfloat16_cases = FEW
 
 
-def test_why_a_gpu_does_not_use_cudnn_is_logged_once(caplog):
+@pytest.mark.parametrize(
+    ("head_dim", "kv_len", "segments", "implementation"),
+    [
+        (64, 24, False, "pallas_gpu"),
+        (128, 32_768, False, "pallas_gpu"),
+        (64, 32_769, False, "cudnn"),
+        (64, 32_769, True, "pallas_gpu"),
+        (32, 24, False, "cudnn"),
+        (32, 24, True, "xla"),
+    ],
+)
+def test_the_implementation_on_a_gpu(caplog, head_dim, kv_len, segments, implementation):
     api._warn_once.cache_clear()
-    query, key = jnp.ones((2, 24, 2, 2, 64), jnp.bfloat16), jnp.ones((2, 24, 2, 64), jnp.bfloat16)
-    ids = jnp.ones((2, 24), jnp.int32)
+    query = jnp.ones((1, 24, 1, 2, head_dim), jnp.bfloat16)
+    key = jnp.ones((1, kv_len, 1, head_dim), jnp.bfloat16)
+    ids = (jnp.ones((1, 24), jnp.int32), jnp.ones((1, kv_len), jnp.int32)) if segments else ()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = api.attention_by_platform(
-                Routed(query, key, key), Mask(None, ids, ids), has_gpu=True
+                Routed(query, key, key), Mask(None, *ids), 1.0, has_gpu=True
             )
-            assert "cuda" not in found
+    chosen = found.get("cuda", found["default"])
+    assert chosen is api.get_attention(implementation)
     assert [record.message for record in caplog.records] == [
-        "attention on a GPU uses 'xla', for 'cudnn' does not take q_segment_ids: only as a "
-        "quadratic mask"
-    ]
-    found = api.attention_by_platform(Routed(query, key, key), Mask(), has_gpu=True)
-    assert found["cuda"] is cudnn.attention
+        "attention on a GPU uses 'xla', for 'pallas_gpu' does not take query: head_dim 32, where "
+        "64 or 128 is needed and 'cudnn' does not take q_segment_ids: only as a quadratic mask"
+    ] * (implementation == "xla")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +122,8 @@ def test_cudnn_equals_the_reference(head_dim, causal):
 
 
 @pytest.mark.gpu
-def test_the_default_on_a_gpu_is_cudnn_where_it_can_be():
-    shapes = [(1, 128, 2, 2, 64), (1, 128, 2, 64), (1, 128, 2, 64)]
+@pytest.mark.parametrize(("head_dim", "kernel"), [(64, "gqe_forward"), (32, "cudnn")])
+def test_the_default_on_a_gpu_is_lowered(head_dim, kernel):
+    shapes = [(1, 128, 2, 2, head_dim), (1, 128, 2, head_dim), (1, 128, 2, head_dim)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    assert "cudnn" in jax.jit(dense_attention).lower(*arguments).as_text()
+    assert kernel in jax.jit(dense_attention).lower(*arguments).as_text()
