@@ -80,13 +80,16 @@ def model_flops(config: ModelConfig, length: int, batch: int, *, training: bool)
 
 def variants(
     platform: str, known: Known
-) -> Iterator[tuple[str, Variant, Mapping[str, Any], Implementation]]:
+) -> Iterator[tuple[str, Variant, Mapping[str, Any], Implementation | None]]:
     """The name, variant, options and attention of each contender.
+
+    "default" is GQE as people run it: where no kernel is named, its projections differ, too.
 
     Args:
       known: the kernels that were best in the op; where it has not been timed, GQE runs the
         platform's kernel, and dense layers run every peer.
     """
+    yield "default", "gqe", {}, None
     ours = [name for side, name in known if side == "gqe"] or implementations(platform)[:1]
     for name in ours:
         yield name, "gqe", {}, name
@@ -120,7 +123,7 @@ def contenders(case: SpeedCase, scale: ModelScale, platform: str, known: Known) 
 Built = tuple[Callable[..., Any], tuple[Any, ...], float]
 
 
-def _layer(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+def _layer(case: SpeedCase, config: RunConfig, implementation: Implementation | None) -> Built:
     """The attention layer, from the residual stream and back to it."""
     attention, dtype = config.model.attention, jnp.dtype(config.model.dtype)
     layer = make_attention(attention, dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0))
@@ -144,7 +147,7 @@ def _batch(case: SpeedCase, config: RunConfig) -> Batch:
     return Batch(tokens, tokens, jnp.ones(shape))
 
 
-def _model(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+def _model(case: SpeedCase, config: RunConfig, implementation: Implementation | None) -> Built:
     """A prefill, or the loss and its gradients."""
 
     def create():
@@ -169,7 +172,7 @@ def _model(case: SpeedCase, config: RunConfig, implementation: Implementation) -
     return function, (params, _batch(case, config)), flops
 
 
-def _step(case: SpeedCase, config: RunConfig, implementation: Implementation) -> Built:
+def _step(case: SpeedCase, config: RunConfig, implementation: Implementation | None) -> Built:
     """The step that `train.py` runs, on one device."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     steps = make_steps(config, mesh, implementation=implementation)

@@ -105,7 +105,7 @@ def norm_and_rotate(
 
 
 def reference(x: Float[Array, "batch length embed"], projection: Projection) -> Projected:
-    """The projection in plain JAX: products summed in float32, results rounded once.
+    """The projection in plain JAX; products are in the dtype of `x`, as in a layer's own modules.
 
     The router's product is float32 at the highest precision. Ties go to the lower index.
     """
@@ -113,10 +113,7 @@ def reference(x: Float[Array, "batch length embed"], projection: Projection) -> 
 
     def product(x: Any, weight: Any) -> Any:
         precision: Any = highest if x.dtype == jnp.float32 else None
-        dimensions = (((2,), (0,)), ((), ()))
-        return jax.lax.dot_general(
-            x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32
-        )
+        return jax.lax.dot_general(x, weight, (((2,), (0,)), ((), ())), precision=precision)
 
     logits = index = shared_query = shared_key = shared_value = None
     if projection.router is not None:

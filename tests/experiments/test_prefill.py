@@ -61,11 +61,12 @@ def test_what_the_speeds_to_reach_need_comes_first():
 def test_layers_are_timed_with_the_kernels_that_were_best_in_the_op():
     known = {("gqe", "cudnn"): {}, ("dense", "tokamax"): {"implementation": "triton"}}
     assert [entry[:3] for entry in whole.variants("gpu", known)] == [
+        ("default", "gqe", {}),
         ("cudnn", "gqe", {}),
         ("tokamax", "gqa", {"implementation": "triton"}),
     ]
     names = [entry[0] for entry in whole.variants("gpu", {})]
-    assert names == ["pallas_gpu", *(peer.name for peer in peers("gpu"))]
+    assert names == ["default", "pallas_gpu", *(peer.name for peer in peers("gpu"))]
 
 
 def test_a_dense_layer_attends_by_the_peer():

@@ -196,6 +196,22 @@ def test_the_plain_projection(case):
     check(case, project, backward)
 
 
+def test_plain_products_are_in_the_dtype_of_the_tokens():
+    def both(x, projection):
+        def made(x, projection):
+            projected = reference(x, projection)
+            return projected.routed, projected.logits
+
+        out, pullback = jax.vjp(made, x, projection)
+        return pullback(out)
+
+    text = jax.jit(both).lower(*make(Case(dtype="bfloat16"))).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    in_float32 = [line for line in products if "xf32>" in line.split(":")[-1]]
+    assert len(products) == 15
+    assert len(in_float32) == 3, in_float32  # the router's, and of its two gradients
+
+
 @pytest.mark.wrong_types
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("case", every_other(c for c in CASES if not c.norm), ids=str)

@@ -135,7 +135,8 @@ def _with_weighted_slot(routed: Routed, heads: Heads, slots: Slots) -> Slots:
         return slots
     hard = slots[:, :, : heads.hard].reshape(*weight.shape, -1).astype(jnp.float32)
     weighted = jnp.sum(weight.astype(jnp.float32)[..., None] * hard, axis=(2, 3))
-    return slots.at[:, :, heads.hard].set(weighted.astype(slots.dtype))
+    weighted = weighted.astype(slots.dtype)[:, :, None]
+    return jax.lax.dynamic_update_slice_in_dim(slots, weighted, heads.hard, axis=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
