@@ -13,9 +13,9 @@ class BlockSizes:
 
     Args:
       q: rows of queries of each of the two warpgroups; a multiple of 64, the rows of a wgmma.
-      kv: rows of keys in a step of the forward pass and of dQ.
+      kv: rows of keys in a step of the forward pass.
       stages: blocks of keys and values in shared memory.
-      backward_kv: rows of keys of each warpgroup of the kernel of dK and dV.
+      backward_kv: rows of keys in a step of dQ, and of each warpgroup of the kernel of dK and dV.
       backward_q: rows of queries in a step of it.
       programs: thread blocks that share the work out; None: one a multiprocessor.
       staged: products take no operand from registers; for jax's interpreter, which cannot.
