@@ -81,6 +81,7 @@ def test_a_finished_run_is_left_as_it_is(finished):
     assert "resuming" in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_the_end(corpus, tmp_path):
     config = small_config(corpus, tmp_path, steps=8)
     train(config, stream=io.StringIO())

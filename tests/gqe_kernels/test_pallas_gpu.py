@@ -60,6 +60,10 @@ class TestInterpreted(RoutedAttentionContract):
         Case(batch=1, head_dim=64, q_len=8, kv_len=24, q_offset=-4, shared=None, weighted=False),
     )
 
+    @pytest.mark.slow
+    def test_no_field_of_the_mask_is_ignored(self):
+        super().test_no_field_of_the_mask_is_ignored()
+
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
