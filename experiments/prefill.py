@@ -6,6 +6,7 @@
 
 `kernels.benchmarks.prefill` times the op alone, and says how contenders are timed. Layers and
 models run the kernels that were best in the op at the nearest length, at their best block sizes.
+There, "default" is GQE that names no kernel.
 """
 
 import dataclasses

@@ -41,8 +41,13 @@ def muon(
     return optax.partition({"muon": matrices, "others": others}, _labels)
 
 
+def names_of(path: tuple) -> list[str]:
+    """The names of modules and of the parameter on a path in a tree of parameters."""
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
 def _matrix(path: tuple) -> MuonDimensionNumbers | None:
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    names = names_of(path)
     return MATRICES.get(names[-2]) if names[-1:] == ["kernel"] else None
 
 

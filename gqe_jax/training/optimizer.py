@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gqe_jax.config import OptimizerConfig
-from gqe_jax.training.muon import muon
+from gqe_jax.training.muon import muon, names_of
 
 
 class ZClipState(NamedTuple):
@@ -97,7 +97,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decay_mask(params: optax.Params) -> optax.Params:
     """Mask of the parameters with weight decay: all but scales of norms and selection biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not {"scale", "selection_bias"} & set(_names(path)), params
+        lambda path, _: not {"scale", "selection_bias"} & set(names_of(path)), params
     )
 
 
@@ -107,7 +107,7 @@ def balance_selection[Params](
     """The parameters, with each selection bias `rate` higher or lower: arXiv 2408.15664.
 
     The bias of an expert that more tokens than the mean of its group selected falls, that of one
-    with fewer rises. Nothing else changes it.
+    with fewer rises. Its gradient is zero; keep weight decay off it (`decay_mask`).
 
     Args:
       params: of one layer, or of layers stacked along a leading axis.
@@ -117,7 +117,7 @@ def balance_selection[Params](
     change = rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x + change if "selection_bias" in _names(path) else x, params
+        lambda path, x: x + change if "selection_bias" in names_of(path) else x, params
     )
 
 
@@ -167,11 +167,7 @@ def _scale_router(
 
 
 def _is_kernel_of(name: str, path: tuple) -> bool:
-    return _names(path)[-2:] == [name, "kernel"]
-
-
-def _names(path: tuple) -> list:
-    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return names_of(path)[-2:] == [name, "kernel"]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

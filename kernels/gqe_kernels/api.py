@@ -24,7 +24,7 @@ from gqe_kernels.contract import (
 from gqe_kernels.guard import without_padding, without_unseen
 
 _logger = logging.getLogger(__name__)
-# Up to so many keys "pallas_gpu" is the faster prefill on a GPU, by kernels/README.md's table.
+# The number of keys up to which "pallas_gpu" is the faster prefill, by kernels/README.md's table.
 KERNEL_KEYS = 32_768
 
 
@@ -194,7 +194,7 @@ def attention_by_platform(
         from gqe_kernels import pallas_gpu  # imports Mosaic GPU
 
         reasons = {
-            "pallas_gpu": pallas_gpu.unsupported(routed, scale),
+            "pallas_gpu": pallas_gpu.unsupported(routed, mask, scale),
             "cudnn": cudnn.unsupported(routed.query, mask),
         }
         takes = [name for name, reason in reasons.items() if reason is None]
@@ -202,7 +202,7 @@ def attention_by_platform(
             is_long = routed.key.shape[1] > KERNEL_KEYS
             found["cuda"] = _IMPLEMENTATIONS[takes[-1] if is_long else takes[0]]
         else:
-            why = " and ".join(f"{name!r} does not take {why}" for name, why in reasons.items())
+            why = "; ".join(f"{name!r} does not take {reason}" for name, reason in reasons.items())
             _warn_once(f"attention on a GPU uses 'xla', for {why}")
     return found
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from gqe_kernels import Mask, Routed, api, cudnn, dense_attention, routed_attention
 from tests.gqe_kernels.contract import (
@@ -39,7 +40,7 @@ class CudnnContract(RoutedAttentionContract):
     dtype = jnp.bfloat16
     base = Case(head_dim=64)
     float32_cases = ()
-    bfloat16_cases = (*TAKEN, *FEW)
+    bfloat16_cases = tuple(dict.fromkeys((*TAKEN, *FEW)))
 
     def test_padding_gets_zero_rows_and_gives_no_gradient(self):
         pytest.skip("cuDNN is not called with segments")
@@ -80,8 +81,45 @@ def test_the_implementation_on_a_gpu(caplog, head_dim, kv_len, segments, impleme
     assert chosen is api.get_attention(implementation)
     assert [record.message for record in caplog.records] == [
         "attention on a GPU uses 'xla', for 'pallas_gpu' does not take query: head_dim 32, where "
-        "64 or 128 is needed and 'cudnn' does not take q_segment_ids: only as a quadratic mask"
+        "64 or 128 is needed; 'cudnn' does not take q_segment_ids: only as a quadratic mask"
     ] * (implementation == "xla")
+
+
+@pytest.mark.parametrize(
+    ("varies", "check_vma", "implementation"),
+    [
+        ("nothing", True, "pallas_gpu"),
+        ("query", True, "cudnn"),
+        ("query", False, "pallas_gpu"),
+        ("segments", True, None),
+        ("segments", False, "pallas_gpu"),
+    ],
+)
+def test_on_a_gpu_operands_that_vary_over_a_mesh(varies, check_vma, implementation):
+    query, key = jnp.ones((2, 24, 1, 2, 64), jnp.bfloat16), jnp.ones((2, 24, 1, 64), jnp.bfloat16)
+    ids = (jnp.ones((2, 24), jnp.int32),) * 2 if varies == "segments" else ()
+    chosen = []
+
+    def local(query, ids):
+        routed, mask = Routed(query, key[: len(query)], key[: len(query)]), Mask(None, *ids)
+        found = api.attention_by_platform(routed, mask, 1.0, has_gpu=True).get("cuda")
+        chosen.append(found)
+        if found is not api.get_attention("pallas_gpu"):
+            with pytest.raises(NotImplementedError, match="vary over mesh axes"):
+                api.get_attention("pallas_gpu")(routed, mask, 1.0)
+        return jnp.zeros(())
+
+    split = {name: PartitionSpec("data") for name in (varies,)}
+    specs = split.get("query", PartitionSpec()), split.get("segments", PartitionSpec())
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check_vma
+    )
+    if varies == "segments":  # whole queries beside a shard of the segments do not fit
+        query = query[:1]
+    jax.eval_shape(mapped, query, ids)
+    expected = None if implementation is None else api.get_attention(implementation)
+    assert chosen == [expected]
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_what_the_kernels_cannot_take_is_named(dtype, changes, reason):
 def test_a_gpu_that_is_no_hopper_is_named():
     ampere = types.SimpleNamespace(platform="gpu", compute_capability="8.0")
     query, key = jnp.ones((1, 64, 2, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)
-    reason = pallas_gpu.unsupported(Routed(query, key, key), device=ampere)
+    reason = pallas_gpu.unsupported(Routed(query, key, key), Mask(), device=ampere)
     assert reason.startswith("the GPU here: compute capability 8.0")
 
 

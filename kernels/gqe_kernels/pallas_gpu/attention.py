@@ -24,6 +24,7 @@ from gqe_kernels.pallas_gpu.heads import ByHead, Heads
 from gqe_kernels.pallas_gpu.tables import Tables, tables
 from gqe_kernels.reference import pad_rows, select_experts, shared_operands
 from gqe_kernels.remat import ATTENTION_OPERANDS, ATTENTION_OUTPUT, kept
+from gqe_kernels.varying import varying_axes
 
 
 class _Static(NamedTuple):
@@ -34,7 +35,7 @@ class _Static(NamedTuple):
 
 
 def unsupported(
-    routed: Routed, scale: float = 1.0, *, device: jax.Device | None = None
+    routed: Routed, mask: Mask, scale: float = 1.0, *, device: jax.Device | None = None
 ) -> str | None:
     """The argument that the kernels cannot take, with the reason; None if they take them all.
 
@@ -50,6 +51,8 @@ def unsupported(
         )
     if not scale > 0:
         return f"scale: {scale}, where a positive number is needed"
+    if any(varying_axes(x) for x in jax.tree.leaves((routed, mask))):
+        return "operands that vary over mesh axes: only in a jax.shard_map with check_vma=False"
     device = jax.devices()[0] if device is None else device
     if device.platform == "gpu" and device.compute_capability != "9.0":
         return f"the GPU here: compute capability {device.compute_capability}, where 9.0 is needed"
@@ -68,7 +71,7 @@ def attention(
     Raises:
       NotImplementedError: names the argument that the kernels do not take.
     """
-    reason = unsupported(routed, scale)
+    reason = unsupported(routed, mask, scale)
     if reason is not None:
         raise NotImplementedError(f"implementation='pallas_gpu' does not take {reason}")
     if mask.pieces > 1:
