@@ -50,10 +50,10 @@ from experiments.contenders import (
 )
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, RunConfig
-from gqe_jax.data.corpus import written_whole
 from gqe_jax.errors import UserError
 from gqe_jax.report.curves import styled
 from gqe_jax.storage import location, write_whole
+from gqe_jax.whole_directory import written_whole
 
 Study = Literal["cost", "tokens", "sizes", "experts", "recipe"]
 STUDIES = {"cost": of_equal_cost, "sizes": of_sizes, "experts": of_experts, "recipe": of_recipes}

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
 from gqe_jax.config_json import from_dict, parse_json, to_dict
-from gqe_jax.data.corpus import corpus_tokenizer, read_manifest, written_whole
+from gqe_jax.data.corpus import corpus_tokenizer, read_manifest
 from gqe_jax.data.stdlib import STDLIB
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
@@ -40,6 +40,7 @@ from gqe_jax.sharding import make_mesh
 from gqe_jax.storage import Location, location, write_whole
 from gqe_jax.training.checkpoint import Checkpoints
 from gqe_jax.training.state import lay_out_params
+from gqe_jax.whole_directory import written_whole
 from gqe_kernels import ImplementationName
 
 CONFIG_FILE = "config.json"

@@ -17,7 +17,7 @@ import numpy as np
 
 from gqe_jax.commands import parse, run_command
 from gqe_jax.data.chat_template import ChatTemplate
-from gqe_jax.data.corpus import SPLITS, Manifest, token_dtype, write_manifest, written_whole
+from gqe_jax.data.corpus import SPLITS, Manifest, token_dtype, write_manifest
 from gqe_jax.data.documents import read_rows
 from gqe_jax.data.prepare import OnError, choose_split, find_inputs
 from gqe_jax.data.shards import ANSWER, FIRST, ShardWriter, make_manifest
@@ -25,6 +25,7 @@ from gqe_jax.data.special_tokens import companions
 from gqe_jax.data.tokenizers import TOKENIZER_FILE, FileTokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import location, write_whole
+from gqe_jax.whole_directory import written_whole
 
 _OPEN_WINDOWS = 256  # that wait for a conversation which fits
 

@@ -29,18 +29,17 @@ from gqe_jax.commands import parse, run_command
 from gqe_jax.config_json import from_dict, parse_json
 from gqe_jax.data.corpus import (
     FORMAT,
-    PARTS,
     Manifest,
     SplitInfo,
     token_dtype,
     write_manifest,
-    written_whole,
 )
 from gqe_jax.data.documents import read_documents
 from gqe_jax.data.shards import Document, make_manifest, merge_splits, write_documents
 from gqe_jax.data.tokenizers import BYTE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import Location, file_sizes, find, is_remote, location, write_whole
+from gqe_jax.whole_directory import PARTS, written_whole
 
 OnError = Literal["stop", "skip"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -5,11 +5,12 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
-from gqe_jax.data.corpus import Corpus, write_manifest, written_whole
+from gqe_jax.data.corpus import Corpus, write_manifest
 from gqe_jax.data.shards import Document, make_manifest, write_documents
 from gqe_jax.data.tokenizers import BYTE, ByteTokenizer
 from gqe_jax.errors import DataError
 from gqe_jax.storage import cache_directory
+from gqe_jax.whole_directory import written_whole
 
 STDLIB = "stdlib"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

@@ -21,7 +21,6 @@ import tyro
 from gqe_jax.commands import parse, run_command
 from gqe_jax.config import ConfigError, Dtype
 from gqe_jax.config_json import to_dict
-from gqe_jax.data.corpus import written_whole
 from gqe_jax.data.special_tokens import GENERATION_FILE, IMPORTED_FILE, companions, to_json
 from gqe_jax.data.tokenizers import TOKENIZER_FILE
 from gqe_jax.errors import DataError
@@ -32,6 +31,7 @@ from gqe_jax.interop.tensors import write_tensors
 from gqe_jax.runs import SPREAD, Run
 from gqe_jax.sharding import make_mesh
 from gqe_jax.storage import location, write_whole
+from gqe_jax.whole_directory import written_whole
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -20,9 +20,9 @@ from gqe_jax.data import (
     Corpus,
     DataError,
 )
-from gqe_jax.data.corpus import written_whole
 from gqe_jax.data.prepare import PrepareConfig, choose_split, prepare
 from gqe_jax.data.tokenizers import load_tokenizer
+from gqe_jax.whole_directory import written_whole
 from tests.gqe_jax.signalled import PREPARE
 from tests.gqe_jax.texts import ROWS, TEXTS, write_corpus
 
