@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from gqe_jax.config import ConfigError, MeshConfig, RunConfig
-from gqe_kernels.varying import varying_axes
+from gqe_kernels.varying import free_axes, varying_axes
 
 # Logical axis of a weight or an activation → mesh axes over which it is sharded. A size that is no
 # multiple of their product is sharded over the longest prefix of them that divides it.
@@ -96,19 +96,6 @@ def check_divides(config: RunConfig, sizes: dict[str, int]) -> None:
             f"sequence_length is {config.sequence_length}; it must be a multiple of 2 × "
             f"mesh.context = {halves}"
         )
-
-
-def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """The axes of more than one device that are not manual, and their sizes.
-
-    Inside `jax.shard_map` its axes are manual: arrays are shards over them already.
-    """
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return {
-        name: size
-        for name, size in mesh.shape.items()
-        if size > 1 and types[name] != AxisType.Manual
-    }
 
 
 def check_rules(mesh: Mesh | AbstractMesh) -> None:

@@ -22,10 +22,11 @@ from gqe_kernels.contract import (
     with_static_scale,
 )
 from gqe_kernels.guard import without_padding, without_unseen
+from gqe_kernels.varying import free_axes
 
 _logger = logging.getLogger(__name__)
 # The number of keys up to which "pallas_gpu" is the faster prefill, by kernels/README.md's table.
-KERNEL_KEYS = 32_768
+_PALLAS_GPU_MOST_KEYS = 32_768
 
 
 def routed_attention(
@@ -72,8 +73,8 @@ def routed_attention(
         `jax.nn.dot_product_attention`); or a function of the contract (`gqe_kernels.contract`),
         such as `functools.partial(pallas_tpu.attention, blocks=...)`. None: "decode" for a single
         query; else, when lowered for TPU, "pallas_tpu", and for CUDA, "pallas_gpu" up to 32,768
-        keys and "cudnn" beyond, or the other, where they take the arguments; "xla" otherwise,
-        which on a GPU logs the reasons.
+        keys and "cudnn" beyond, or the other, where they take the arguments ("pallas_gpu" on
+        several GPUs only within `jax.shard_map`); "xla" otherwise, which on a GPU logs the reasons.
 
     Returns:
       The slots in the dtype of `query`: hard slots group-major, within a group by rank.
@@ -169,42 +170,52 @@ def best_attention(routed: Routed, mask: Mask, scale: float) -> Slots:
     q_len, kv_len = routed.query.shape[1], routed.key.shape[1]
     if q_len == 1 or q_len * kv_len == 0:
         return decode.attention(routed, mask, scale)
-    has_gpu = any(device.platform == "gpu" for device in jax.devices())
+    gpus = sum(device.platform == "gpu" for device in jax.devices())
     by_platform = {
         platform: functools.partial(lambda attention, routed: attention(routed, mask, scale), found)
-        for platform, found in attention_by_platform(routed, mask, scale, has_gpu=has_gpu).items()
+        for platform, found in attention_by_platform(routed, mask, scale, gpus=gpus).items()
     }
     return jax.lax.platform_dependent(routed, **by_platform)
 
 
 def attention_by_platform(
-    routed: Routed, mask: Mask, scale: float, *, has_gpu: bool
+    routed: Routed, mask: Mask, scale: float, *, gpus: int
 ) -> dict[str, Attention]:
     """The implementation for each platform, and "default" for the others.
 
     Args:
-      has_gpu: whether this process has a GPU: the kernel asks for its generation while tracing, and
-        JAX for cuDNN's version. Why a GPU does without both is logged, once for each pair of
-        reasons.
+      gpus: of all processes. Where there are any, the kernel asks for their generation while
+        tracing, and JAX for cuDNN's version. Why a GPU does without both is logged, once for each
+        pair of reasons. XLA can partition cuDNN's call over several, and the kernel's not.
     """
     found: dict[str, Attention] = {"default": xla.attention}
     if pallas_tpu.unsupported(routed, mask) is None:
         found["tpu"] = pallas_tpu.attention
-    if has_gpu:
+    if gpus:
         from gqe_kernels import pallas_gpu  # imports Mosaic GPU
 
         reasons = {
-            "pallas_gpu": pallas_gpu.unsupported(routed, mask, scale),
+            "pallas_gpu": _partitioned(gpus) or pallas_gpu.unsupported(routed, mask, scale),
             "cudnn": cudnn.unsupported(routed.query, mask),
         }
         takes = [name for name, reason in reasons.items() if reason is None]
         if takes:
-            is_long = routed.key.shape[1] > KERNEL_KEYS
+            is_long = routed.key.shape[1] > _PALLAS_GPU_MOST_KEYS
             found["cuda"] = _IMPLEMENTATIONS[takes[-1] if is_long else takes[0]]
         else:
             why = "; ".join(f"{name!r} does not take {reason}" for name, reason in reasons.items())
             _warn_once(f"attention on a GPU uses 'xla', for {why}")
     return found
+
+
+def _partitioned(gpus: int) -> str | None:
+    """Why XLA may partition the call; None if it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = free_axes(mesh)
+    if axes or (mesh.empty and gpus > 1):
+        over = f"the mesh axes {', '.join(axes)}" if axes else f"{gpus} GPUs"
+        return f"a call that XLA may partition over {over}: only in a jax.shard_map over them"
+    return None
 
 
 @functools.cache

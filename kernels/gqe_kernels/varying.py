@@ -1,8 +1,22 @@
-"""Over which manual mesh axes arrays vary: a part of their types inside `jax.shard_map`."""
+"""Mesh axes: those that are left to XLA, and the manual ones over which arrays vary."""
 
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+
+def free_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The axes of more than one device that are not manual, and their sizes.
+
+    Inside `jax.shard_map` its axes are manual: arrays are shards over them already.
+    """
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {
+        name: size
+        for name, size in mesh.shape.items()
+        if size > 1 and types[name] != AxisType.Manual
+    }
 
 
 def varying_axes(x: Any) -> frozenset[str]:

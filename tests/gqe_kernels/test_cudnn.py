@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from gqe_kernels import Mask, Routed, api, cudnn, dense_attention, routed_attention
 from tests.gqe_kernels.contract import (
@@ -75,7 +75,7 @@ def test_the_implementation_on_a_gpu(caplog, head_dim, kv_len, segments, impleme
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = api.attention_by_platform(
-                Routed(query, key, key), Mask(None, *ids), 1.0, has_gpu=True
+                Routed(query, key, key), Mask(None, *ids), 1.0, gpus=1
             )
     chosen = found.get("cuda", found["default"])
     assert chosen is api.get_attention(implementation)
@@ -85,41 +85,70 @@ def test_the_implementation_on_a_gpu(caplog, head_dim, kv_len, segments, impleme
     ] * (implementation == "xla")
 
 
+def on_gpus(gpus: int, segments=None):
+    """What `None` runs on so many GPUs, or None for "xla"."""
+    query = jnp.ones((1, 24, 1, 2, 64), jnp.bfloat16)
+    routed = Routed(query, query[..., 0, :], query[..., 0, :])
+    mask = Mask(None, segments, segments)
+    return api.attention_by_platform(routed, mask, 1.0, gpus=gpus).get("cuda")
+
+
+def test_xla_partitions_cudnn_and_not_the_kernel():
+    kernel, whole = api.get_attention("pallas_gpu"), jnp.ones((1, 24), jnp.int32)
+    assert on_gpus(1) is kernel
+    assert on_gpus(2) is cudnn.attention
+    assert on_gpus(2, segments=whole) is None
+    mesh = jax.make_mesh((2, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        assert on_gpus(2) is cudnn.attention
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+        assert on_gpus(2) is kernel
+
+
 @pytest.mark.parametrize(
-    ("varies", "check_vma", "implementation"),
+    ("axes", "check_vma", "varies", "implementation"),
     [
-        ("nothing", True, "pallas_gpu"),
-        ("query", True, "cudnn"),
-        ("query", False, "pallas_gpu"),
-        ("segments", True, None),
-        ("segments", False, "pallas_gpu"),
+        ({"data", "model"}, False, "query", "pallas_gpu"),
+        ({"data", "model"}, True, "query", "cudnn"),
+        ({"data", "model"}, True, "segments", None),
+        ({"data", "model"}, True, "nothing", "pallas_gpu"),
+        ({"data"}, False, "query", "cudnn"),  # XLA may partition over the other axis
     ],
 )
-def test_on_a_gpu_operands_that_vary_over_a_mesh(varies, check_vma, implementation):
-    query, key = jnp.ones((2, 24, 1, 2, 64), jnp.bfloat16), jnp.ones((2, 24, 1, 64), jnp.bfloat16)
-    ids = (jnp.ones((2, 24), jnp.int32),) * 2 if varies == "segments" else ()
-    chosen = []
+def test_the_implementation_on_gpus_inside_a_shard_map(axes, check_vma, varies, implementation):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    found = []
 
-    def local(query, ids):
-        routed, mask = Routed(query, key[: len(query)], key[: len(query)]), Mask(None, *ids)
-        found = api.attention_by_platform(routed, mask, 1.0, has_gpu=True).get("cuda")
-        chosen.append(found)
-        if found is not api.get_attention("pallas_gpu"):
-            with pytest.raises(NotImplementedError, match="vary over mesh axes"):
-                api.get_attention("pallas_gpu")(routed, mask, 1.0)
-        return jnp.zeros(())
+    def local(shard):
+        query, segments = jnp.ones((1, 24, 1, 2, 64), jnp.bfloat16), None
+        if varies == "query":
+            query *= shard[0].astype(query.dtype)
+        elif varies == "segments":
+            segments = jnp.ones((1, 24), jnp.int32) * shard[0]
+        key = jnp.ones((1, 24, 1, 64), jnp.bfloat16)
+        routed, mask = Routed(query, key, key), Mask(None, segments, segments)
+        found.append(api.attention_by_platform(routed, mask, 1.0, gpus=4).get("cuda"))
+        return shard
 
-    split = {name: PartitionSpec("data") for name in (varies,)}
-    specs = split.get("query", PartitionSpec()), split.get("segments", PartitionSpec())
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("data")
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check_vma
+        local, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=check_vma
     )
-    if varies == "segments":  # whole queries beside a shard of the segments do not fit
-        query = query[:1]
-    jax.eval_shape(mapped, query, ids)
-    expected = None if implementation is None else api.get_attention(implementation)
-    assert chosen == [expected]
+    jax.eval_shape(jax.jit(mapped), jnp.ones(2, jnp.int32))
+    assert found == [implementation and api.get_attention(implementation)]
+
+
+def test_operands_that_vary_are_named():
+    def local(query):
+        return dense_attention(query, *[query[..., 0, :]] * 2, implementation="pallas_gpu")
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    with pytest.raises(NotImplementedError, match="operands that vary over mesh axes"):
+        jax.eval_shape(
+            jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec),
+            jnp.ones((2, 24, 1, 2, 64), jnp.bfloat16),
+        )
 
 
 @pytest.mark.parametrize(
