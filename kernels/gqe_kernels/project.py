@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from gqe_kernels.derivatives import without_derivative
 from gqe_kernels.pallas_tpu import projection as pallas_tpu
-from gqe_kernels.projection import Projected, Projection, reference
+from gqe_kernels.projection import Projected, Projection, gradients, reference
 from gqe_kernels.remat import PROJECTION, kept
 from gqe_kernels.varying import vary_alike
 
@@ -49,18 +49,13 @@ def _forward(x, projection: Projection):
     return projected, (x, projection, projected.expert_index)
 
 
-def _backward(residuals, gradients: Projected):
+def _backward(residuals, cotangents: Projected):
     x, projection, expert_index = residuals
-    d_routed, d_logits = gradients.routed, gradients.logits
-
-    def plain(x, projection, expert_index, d_routed, d_logits):
-        del expert_index
-        differentiable = lambda *o: (lambda p: (p.routed, p.logits))(reference(*o))  # noqa: E731
-        return jax.vjp(differentiable, x, projection)[1]((d_routed, d_logits))
+    d_routed, d_logits = cotangents.routed, cotangents.logits
 
     normed = projection.query_scale is not None
-    kernel: Any = plain if normed else pallas_tpu.backward
-    return _by_platform(kernel, plain, x, projection, expert_index, d_routed, d_logits)
+    kernel = gradients if normed else pallas_tpu.backward
+    return _by_platform(kernel, gradients, x, projection, expert_index, d_routed, d_logits)
 
 
 def _by_platform(kernel: Any, plain: Any, *operands: Any) -> Any:

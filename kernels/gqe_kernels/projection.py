@@ -6,14 +6,17 @@ other experts exist in no array. The source is Grouped Query Experts, arXiv 2606
 """
 
 import dataclasses
-from typing import Any
+import functools
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gqe_kernels.contract import AXES, Routed
-from gqe_kernels.reference import mean_over_groups, select_experts
+from gqe_kernels.reference import expand_experts, mean_over_groups, select_experts
 
 
 @jax.tree_util.register_dataclass
@@ -104,36 +107,182 @@ def norm_and_rotate(
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
+class Heads(NamedTuple):
+    """All heads as the products make them, or their gradients."""
+
+    query: Float[Array, "batch length group expert head_dim"]
+    key: Float[Array, "batch length group head_dim"]
+    value: Float[Array, "batch length group head_dim"]
+    shared_query: Float[Array, "batch length head_dim"] | None
+
+
+def split_float32(x: Array, parts: int) -> list[Array]:
+    """Float32 arrays that add up to `x`, and that bfloat16 holds without rounding.
+
+    Three are exact. They are cut from the bits, which no compiler takes for a rounding to undo.
+    """
+    found = []
+    for _ in range(parts):
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
+        found.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - found[-1]
+    return found
+
+
+def router_parts(projection: Projection, *, backward: bool) -> list[Array]:
+    """Parts of the router's weight, each for one part of what it is multiplied with.
+
+    Forward, bfloat16 tokens are exact. Backward, the three parts of the logits' gradient meet the
+    first part of the weight, and the first meets the second: the rest is beyond the rounding of
+    the tokens' gradient. For other tokens the weight is whole.
+    """
+    router = projection.router
+    if router is None:
+        return []
+    router = router.astype(jnp.float32)
+    if projection.query.dtype != jnp.bfloat16:
+        return [router]
+    parts = split_float32(router, 3)
+    return [parts[0], parts[0], parts[0], parts[1]] if backward else parts
+
+
 def reference(x: Float[Array, "batch length embed"], projection: Projection) -> Projected:
     """The projection in plain JAX; products are in the dtype of `x`, as in a layer's own modules.
 
-    The router's product is float32 at the highest precision. Ties go to the lower index.
+    The router's product has the precision of float32. Ties go to the lower index.
     """
-    highest = jax.lax.Precision.HIGHEST
-
-    def product(x: Any, weight: Any) -> Any:
-        precision: Any = highest if x.dtype == jnp.float32 else None
-        return jax.lax.dot_general(x, weight, (((2,), (0,)), ((), ())), precision=precision)
-
-    logits = index = shared_query = shared_key = shared_value = None
+    heads = _products(x, projection)
+    logits = index = None
     if projection.router is not None:
-        logits = product(x.astype(jnp.float32), projection.router.astype(jnp.float32))
+        logits = _logits(x, projection)
         bias = 0.0 if projection.selection_bias is None else projection.selection_bias
         index = jax.lax.top_k(jax.lax.stop_gradient(logits + bias), projection.top_k)[1]
-    query = norm_and_rotate(product(x, projection.query), projection, projection.query_scale)
-    key = norm_and_rotate(product(x, projection.key), projection, projection.key_scale)
-    value = product(x, projection.value)
-    if projection.shared_query is not None:
-        shared_query = product(x, projection.shared_query)
-        shared_query = norm_and_rotate(shared_query, projection, projection.query_scale)
+    selected = heads._replace(query=select_experts(heads.query, index))
+    return Projected(_finished(selected, projection), logits, index)
+
+
+def gradients(
+    x: Float[Array, "batch length embed"],
+    projection: Projection,
+    expert_index: Int[Array, "batch length group k"] | None,
+    d_routed: Routed,
+    d_logits: Float[Array, "batch length group expert"] | None,
+) -> tuple[Float[Array, "batch length embed"], Projection]:
+    """Gradients of the tokens and of `projection`, from those of the outputs, in plain JAX.
+
+    Both products take the gradients of all columns at once: each is summed in float32 and rounded
+    once. The barriers keep what rotates, what expands and what joins the columns apart, of which
+    XLA:GPU would make one slow loop.
+    """
+    # Without norms nothing here depends on the heads, and they are not computed again.
+    heads = _products(x, projection)
+    heads = heads._replace(query=select_experts(heads.query, expert_index))
+    d_heads, d_projection = jax.vjp(_finished, heads, projection)[1](d_routed)
+    d_heads = jax.lax.optimization_barrier(d_heads)
+    d_query = expand_experts(d_heads.query, expert_index, projection.query.shape[2])
+
+    made = [(d_query, "query"), (d_heads.key, "key"), (d_heads.value, "value")]
+    if d_heads.shared_query is not None:
+        made.append((d_heads.shared_query, "shared_query"))
+    columns = [(_flat(d, 2), _flat(getattr(projection, name), 1)) for d, name in made]
+    of_router = router_parts(projection, backward=True)
+    exact = 3 if len(of_router) > 1 else 1  # parts of the logits' gradient
+    if d_logits is not None:
+        of_logits = split_float32(d_logits, exact) if exact > 1 else [d_logits]
+        of_logits += of_logits[: len(of_router) - exact]
+        parts = zip(of_logits, of_router, strict=True)
+        columns += [(_flat(d, 2), _flat(weight, 1)) for d, weight in parts]
+    if x.dtype == jnp.float16 and of_router:  # which cannot hold parts of float32
+        d_x, found = _unproject(x, columns[:-1], jnp.float32)
+        of_logits, d_router = _unproject(x.astype(jnp.float32), columns[-1:], jnp.float32)
+        d_x, found = (d_x + of_logits).astype(x.dtype), found + d_router
+    else:
+        d_x, found = _unproject(x, columns, x.dtype)
+
+    changed = {}
+    for (_, name), d in zip(made, found, strict=False):
+        weight = getattr(projection, name)
+        changed[name] = d.astype(weight.dtype).reshape(weight.shape)
+    if projection.router is not None:
+        d_router = functools.reduce(jnp.add, found[len(made) : len(made) + exact])
+        changed["router"] = d_router.reshape(projection.router.shape)
+    return d_x, dataclasses.replace(d_projection, **changed)
+
+
+def _unproject(x: Any, columns: list[tuple[Any, Any]], out: DTypeLike) -> tuple[Any, list[Any]]:
+    """The gradients of the tokens, in the dtype `out`, and of each weight, float32.
+
+    Args:
+      x: the tokens, in the dtype of the products.
+      columns: of what was projected, its gradient [batch, length, n] and its weight [embed, n].
+    """
+    d_each = jax.lax.optimization_barrier([d.astype(x.dtype) for d, _ in columns])
+    d_columns = jnp.concatenate(d_each, axis=2)
+    weights = jnp.concatenate([weight.astype(x.dtype) for _, weight in columns], axis=1)
+    d_weights = _dot(x, d_columns, ((0, 1), (0, 1)), jnp.float32)
+    ends = list(itertools.accumulate(weight.shape[1] for _, weight in columns))
+    return _dot(d_columns, weights, (2, 1), out), jnp.split(d_weights, ends[:-1], axis=1)
+
+
+def _flat(x: Array, axes: int) -> Array:
+    return x.reshape(*x.shape[:axes], -1)
+
+
+def _dot(x: Any, y: Any, axes: Any, out: DTypeLike | None = None) -> Any:
+    """The product over these axes of each, of matrices of one dtype; float32 at full precision."""
+    precision: Any = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.tensordot(x, y, axes, precision=precision, preferred_element_type=out)
+
+
+def _products(x: Any, projection: Projection) -> Heads:
+    """The heads, in the dtype of `x`.
+
+    The barrier keeps the values an array of their own: XLA:GPU merges products of one input, and
+    the attention would read a copy of the values' part of the result.
+    """
+    shared = projection.shared_query
+    return Heads(
+        query=_dot(x, projection.query, (2, 0)),
+        key=_dot(x, projection.key, (2, 0)),
+        value=_dot(jax.lax.optimization_barrier(x), projection.value, (2, 0)),
+        shared_query=None if shared is None else _dot(x, shared, (2, 0)),
+    )
+
+
+def _logits(x: Any, projection: Projection) -> Any:
+    """The router's logits, float32; one product of bfloat16 tokens with all parts of its weight."""
+    parts = router_parts(projection, backward=False)
+    x = x if len(parts) > 1 else x.astype(jnp.float32)
+    of_all = jnp.concatenate([_flat(part, 1) for part in parts], axis=1).astype(x.dtype)
+    products = _dot(x, of_all, (2, 0), jnp.float32)
+    shape = (*x.shape[:2], len(parts), *parts[0].shape[1:])
+    return products.reshape(shape).sum(axis=2)
+
+
+def _finished(heads: Heads, projection: Projection) -> Routed:
+    """What the attention reads; `heads` has the queries of the selected experts."""
+
+    def rotate(x: Any, scale: Any) -> Any:
+        return norm_and_rotate(x, projection, scale)
+
+    key = rotate(heads.key, projection.key_scale)
+    shared_query = shared_key = shared_value = None
+    if heads.shared_query is not None:
+        shared_query = rotate(heads.shared_query, projection.query_scale)
     if projection.means:
-        shared_key, shared_value = mean_over_groups(key), mean_over_groups(value)
+        wide_key, wide_value = (x.astype(jnp.float32) for x in (heads.key, heads.value))
+        shared_value = mean_over_groups(wide_value)
+        # All groups rotate alike, so that the mean needs to be rotated once.
+        of_groups = projection.key_scale is not None
+        shared_key = (
+            mean_over_groups(key) if of_groups else rotate(mean_over_groups(wide_key), None)
+        )
     routed = Routed(
-        query=select_experts(query, index),
+        query=rotate(heads.query, projection.query_scale),
         key=key,
-        value=value,
+        value=heads.value,
         shared_query=shared_query,
         shared_key=shared_key,
         shared_value=shared_value,
     )
-    return Projected(jax.tree.map(lambda y: y.astype(x.dtype), routed), logits, index)
+    return jax.tree.map(lambda y: y.astype(heads.key.dtype), routed)

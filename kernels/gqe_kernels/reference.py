@@ -68,11 +68,31 @@ def select_experts(
     query: Float[Array, "batch q_len group expert head_dim"],
     expert_index: Int[Array, "batch q_len group k"] | None,
 ) -> Float[Array, "batch q_len group k head_dim"]:
-    """The queries of the selected experts; by a mask, so that its transpose is not a scatter."""
+    """The queries of the selected experts; by comparisons, so that no transpose is a scatter."""
     if expert_index is None:
         return query
-    chosen = expert_index[..., None] == jnp.arange(query.shape[3])
-    return jnp.sum(jnp.where(chosen[..., None], query[:, :, :, None], 0), axis=-2)
+    experts = range(query.shape[3])
+
+    def of_rank(index: Any) -> Any:
+        chosen = query[:, :, :, 0]
+        for m in experts[1:]:
+            chosen = jnp.where(index[..., None] == m, query[:, :, :, m], chosen)
+        return chosen
+
+    return jnp.stack([of_rank(expert_index[..., j]) for j in range(expert_index.shape[3])], axis=3)
+
+
+def expand_experts(
+    selected: Float[Array, "batch q_len group k head_dim"],
+    expert_index: Int[Array, "batch q_len group k"] | None,
+    experts: int,
+) -> Float[Array, "batch q_len group expert head_dim"]:
+    """The transpose of `select_experts`: zeros for the experts that are not selected."""
+    if expert_index is None:
+        return selected
+    chosen = expert_index[..., None] == jnp.arange(experts)
+    each = jnp.where(chosen[..., None], selected[:, :, :, :, None], 0)
+    return jnp.sum(each, axis=3)  # of one term that is not zero
 
 
 def mean_over_groups(

@@ -124,6 +124,9 @@ def _by_head(routed: Routed, blocks: BlockSizes) -> tuple[Heads, ByHead]:
     else:
         query = select_experts(query, index).reshape(batch, q_len, -1, head_dim)
         if shared_query is not None:
+            # XLA would make one loop of the concatenation and of what selects and rotates, twice
+            # as long as both.
+            query, shared_query = jax.lax.optimization_barrier((query, shared_query))
             query = jnp.concatenate([query, shared_query[:, :, None]], axis=2)
         index = shared_query = None
     return heads, ByHead(

@@ -220,19 +220,6 @@ def _kernel(
         write_means([sums_scr[0], sums_scr[1]])
 
 
-def split_float32(x: jax.Array, parts: int) -> list[jax.Array]:
-    """Float32 arrays that add up to `x`, and that bfloat16 holds without rounding.
-
-    Three are exact. They are cut from the bits, which no compiler takes for a rounding to undo.
-    """
-    found = []
-    for _ in range(parts):
-        bits = lax.bitcast_convert_type(x, jnp.int32) & -(2**16)
-        found.append(lax.bitcast_convert_type(bits, jnp.float32))
-        x = x - found[-1]
-    return found
-
-
 def _sum_parts(columns: Columns, y: jax.Array) -> list[jax.Array]:
     """Each expert's logits [padded_groups, token] from the transposed product."""
 

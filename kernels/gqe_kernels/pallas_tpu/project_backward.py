@@ -25,7 +25,8 @@ from gqe_kernels.pallas_tpu.layout import (
     swap_halves,
     widen,
 )
-from gqe_kernels.pallas_tpu.project import Columns, Outputs, rotate, split_float32
+from gqe_kernels.pallas_tpu.project import Columns, Outputs, rotate
+from gqe_kernels.projection import split_float32
 
 
 def _kernel(

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 from gqe_kernels.contract import Routed
 from gqe_kernels.pallas_tpu.blocks import claim, lowered_chip, tuned
 from gqe_kernels.pallas_tpu.layout import LANES, Layout, takes
-from gqe_kernels.pallas_tpu.project import Columns, Outputs, Weights, project, split_float32
+from gqe_kernels.pallas_tpu.project import Columns, Outputs, Weights, project
 from gqe_kernels.pallas_tpu.project_backward import unproject
-from gqe_kernels.projection import Projected, Projection
+from gqe_kernels.projection import Projected, Projection, router_parts
 
 
 class Blocks(NamedTuple):
@@ -139,23 +139,6 @@ def _weights(projection: Projection, router_parts: list[Array]) -> Weights:
     )
 
 
-def _router_parts(projection: Projection, *, backward: bool) -> list[Array]:
-    """Parts of the router's weight, each for one part of what it is multiplied with.
-
-    Forward, bfloat16 tokens are exact. Backward, the three parts of the logits' gradient meet the
-    first part of the weight, and the first meets the second: the rest is beyond the rounding of
-    the tokens' gradient.
-    """
-    router = projection.router
-    if router is None:
-        return []
-    router = router.astype(jnp.float32)
-    if projection.query.dtype == jnp.float32:
-        return [router]
-    parts = split_float32(router, 3)
-    return [parts[0], parts[0], parts[0], parts[1]] if backward else parts
-
-
 def _angles(layout: Layout, projection: Projection) -> tuple[Array, Array]:
     """Cosines and sines for each lane of a row; the sines with the sign of their half."""
     cos, sin = projection.cos, projection.sin
@@ -183,7 +166,7 @@ def forward(
     layout = _layout(projection)
     blocks = blocks or default_blocks(projection, x)
     assert blocks is not None  # or the shape would be unsupported
-    parts = _router_parts(projection, backward=False)
+    parts = router_parts(projection, backward=False)
     out = project(
         x,
         _weights(projection, parts),
@@ -221,7 +204,7 @@ def backward(
     """
     layout, (batch, length, _) = _layout(projection), x.shape
     vmem_bytes = tuned(lowered_chip(), layout.head_dim, length).vmem_bytes
-    parts = _router_parts(projection, backward=True)
+    parts = router_parts(projection, backward=True)
     columns, weights = _columns(projection, len(parts)), _weights(projection, parts)
 
     def flat(y: Array) -> Array:
