@@ -52,10 +52,11 @@ def _forward(x, projection: Projection):
 def _backward(residuals, cotangents: Projected):
     x, projection, expert_index = residuals
     d_routed, d_logits = cotangents.routed, cotangents.logits
-
     normed = projection.query_scale is not None
     kernel = gradients if normed else pallas_tpu.backward
-    return _by_platform(kernel, gradients, x, projection, expert_index, d_routed, d_logits)
+    run = functools.partial(_by_platform, kernel, gradients)
+    run = without_derivative("derivative of its gradient", None, run)
+    return run(x, projection, expert_index, d_routed, d_logits)
 
 
 def _by_platform(kernel: Any, plain: Any, *operands: Any) -> Any:

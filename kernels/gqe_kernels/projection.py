@@ -8,6 +8,7 @@ other experts exist in no array. The source is Grouped Query Experts, arXiv 2606
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -129,18 +130,20 @@ def split_float32(x: Array, parts: int) -> list[Array]:
     return found
 
 
-def router_parts(projection: Projection, *, backward: bool) -> list[Array]:
+def router_parts(router: Array | None, dtype: DTypeLike, *, backward: bool) -> list[Array]:
     """Parts of the router's weight, each for one part of what it is multiplied with.
 
     Forward, bfloat16 tokens are exact. Backward, the three parts of the logits' gradient meet the
     first part of the weight, and the first meets the second: the rest is beyond the rounding of
     the tokens' gradient. For other tokens the weight is whole.
+
+    Args:
+      dtype: of the tokens.
     """
-    router = projection.router
     if router is None:
         return []
     router = router.astype(jnp.float32)
-    if projection.query.dtype != jnp.bfloat16:
+    if dtype != jnp.bfloat16:
         return [router]
     parts = split_float32(router, 3)
     return [parts[0], parts[0], parts[0], parts[1]] if backward else parts
@@ -154,7 +157,7 @@ def reference(x: Float[Array, "batch length embed"], projection: Projection) -> 
     heads = _products(x, projection)
     logits = index = None
     if projection.router is not None:
-        logits = _logits(x, projection)
+        logits = _logits(x, projection.router)
         bias = 0.0 if projection.selection_bias is None else projection.selection_bias
         index = jax.lax.top_k(jax.lax.stop_gradient(logits + bias), projection.top_k)[1]
     selected = heads._replace(query=select_experts(heads.query, index))
@@ -185,7 +188,7 @@ def gradients(
     if d_heads.shared_query is not None:
         made.append((d_heads.shared_query, "shared_query"))
     columns = [(_flat(d, 2), _flat(getattr(projection, name), 1)) for d, name in made]
-    of_router = router_parts(projection, backward=True)
+    of_router = router_parts(projection.router, x.dtype, backward=True)
     exact = 3 if len(of_router) > 1 else 1  # parts of the logits' gradient
     if d_logits is not None:
         of_logits = split_float32(d_logits, exact) if exact > 1 else [d_logits]
@@ -205,12 +208,14 @@ def gradients(
         changed[name] = d.astype(weight.dtype).reshape(weight.shape)
     if projection.router is not None:
         d_router = functools.reduce(jnp.add, found[len(made) : len(made) + exact])
-        changed["router"] = d_router.reshape(projection.router.shape)
+        changed["router"] = d_router.astype(projection.router.dtype).reshape(
+            projection.router.shape
+        )
     return d_x, dataclasses.replace(d_projection, **changed)
 
 
 def _unproject(x: Any, columns: list[tuple[Any, Any]], out: DTypeLike) -> tuple[Any, list[Any]]:
-    """The gradients of the tokens, in the dtype `out`, and of each weight, float32.
+    """The gradients of the tokens, in the dtype `out`, and of each weight, in float32 or wider.
 
     Args:
       x: the tokens, in the dtype of the products.
@@ -219,13 +224,14 @@ def _unproject(x: Any, columns: list[tuple[Any, Any]], out: DTypeLike) -> tuple[
     d_each = jax.lax.optimization_barrier([d.astype(x.dtype) for d, _ in columns])
     d_columns = jnp.concatenate(d_each, axis=2)
     weights = jnp.concatenate([weight.astype(x.dtype) for _, weight in columns], axis=1)
-    d_weights = _dot(x, d_columns, ((0, 1), (0, 1)), jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    d_weights = _dot(x, d_columns, ((0, 1), (0, 1)), wide)
     ends = list(itertools.accumulate(weight.shape[1] for _, weight in columns))
     return _dot(d_columns, weights, (2, 1), out), jnp.split(d_weights, ends[:-1], axis=1)
 
 
 def _flat(x: Array, axes: int) -> Array:
-    return x.reshape(*x.shape[:axes], -1)
+    return x.reshape(*x.shape[:axes], math.prod(x.shape[axes:]))
 
 
 def _dot(x: Any, y: Any, axes: Any, out: DTypeLike | None = None) -> Any:
@@ -249,14 +255,25 @@ def _products(x: Any, projection: Projection) -> Heads:
     )
 
 
-def _logits(x: Any, projection: Projection) -> Any:
+@jax.custom_vjp
+def _logits(x: Any, router: Any) -> Any:
     """The router's logits, float32; one product of bfloat16 tokens with all parts of its weight."""
-    parts = router_parts(projection, backward=False)
+    parts = router_parts(router, x.dtype, backward=False)
     x = x if len(parts) > 1 else x.astype(jnp.float32)
     of_all = jnp.concatenate([_flat(part, 1) for part in parts], axis=1).astype(x.dtype)
     products = _dot(x, of_all, (2, 0), jnp.float32)
-    shape = (*x.shape[:2], len(parts), *parts[0].shape[1:])
-    return products.reshape(shape).sum(axis=2)
+    return products.reshape(*x.shape[:2], len(parts), *router.shape[1:]).sum(axis=2)
+
+
+def _logits_in_float32(x: Any, router: Any) -> Any:
+    return _dot(x.astype(jnp.float32), router.astype(jnp.float32), (2, 0))
+
+
+# The parts are cut from bits, and have no derivative.
+_logits.defvjp(
+    lambda x, router: (_logits(x, router), (x, router)),
+    lambda operands, d_logits: jax.vjp(_logits_in_float32, *operands)[1](d_logits),
+)
 
 
 def _finished(heads: Heads, projection: Projection) -> Routed:
@@ -265,22 +282,23 @@ def _finished(heads: Heads, projection: Projection) -> Routed:
     def rotate(x: Any, scale: Any) -> Any:
         return norm_and_rotate(x, projection, scale)
 
-    key = rotate(heads.key, projection.key_scale)
+    # Widened once: what they and their means add to their gradients is rounded together.
+    wide = jnp.promote_types(heads.key.dtype, jnp.float32)
+    of_groups, value = heads.key.astype(wide), heads.value.astype(wide)
+    key = rotate(of_groups, projection.key_scale)
     shared_query = shared_key = shared_value = None
     if heads.shared_query is not None:
         shared_query = rotate(heads.shared_query, projection.query_scale)
     if projection.means:
-        wide_key, wide_value = (x.astype(jnp.float32) for x in (heads.key, heads.value))
-        shared_value = mean_over_groups(wide_value)
+        shared_value = mean_over_groups(value)
         # All groups rotate alike, so that the mean needs to be rotated once.
-        of_groups = projection.key_scale is not None
-        shared_key = (
-            mean_over_groups(key) if of_groups else rotate(mean_over_groups(wide_key), None)
-        )
+        shared_key = rotate(mean_over_groups(of_groups), None)
+        if projection.key_scale is not None:  # but each has a norm of its own
+            shared_key = mean_over_groups(key)
     routed = Routed(
         query=rotate(heads.query, projection.query_scale),
         key=key,
-        value=heads.value,
+        value=value,
         shared_query=shared_query,
         shared_key=shared_key,
         shared_value=shared_value,

@@ -50,6 +50,10 @@ class TestPallasTpu(RoutedAttentionContract):
     )
     bfloat16_cases = (Case(head_dim=64, expert=4, k=2, segments="packed"),)
 
+    @pytest.mark.slow
+    def test_no_field_of_the_mask_is_ignored(self):
+        super().test_no_field_of_the_mask_is_ignored()
+
 
 # Several blocks each way, and a backward pass of several launches.
 SMALL = pallas_tpu.BlockSizes(

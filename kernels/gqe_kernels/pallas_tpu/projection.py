@@ -166,7 +166,7 @@ def forward(
     layout = _layout(projection)
     blocks = blocks or default_blocks(projection, x)
     assert blocks is not None  # or the shape would be unsupported
-    parts = router_parts(projection, backward=False)
+    parts = router_parts(projection.router, projection.query.dtype, backward=False)
     out = project(
         x,
         _weights(projection, parts),
@@ -204,7 +204,7 @@ def backward(
     """
     layout, (batch, length, _) = _layout(projection), x.shape
     vmem_bytes = tuned(lowered_chip(), layout.head_dim, length).vmem_bytes
-    parts = router_parts(projection, backward=True)
+    parts = router_parts(projection.router, projection.query.dtype, backward=True)
     columns, weights = _columns(projection, len(parts)), _weights(projection, parts)
 
     def flat(y: Array) -> Array:
