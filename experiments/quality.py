@@ -15,13 +15,15 @@ that decay it, so that each number of tokens has a finished run.
 
 All models of a seed read the same batches. A run that is there already is not trained again, and
 one that was stopped goes on. The scores go to STUDY.json in the output directory, with a table and
-a plot beside them; a run that failed is in the table with its error.
+a plot beside them; a run that failed is in the table with its error. Runs and results have the
+names of a corpus and a learning rate that are given in theirs.
 """
 
 import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import os
 import pathlib
 import shutil
 import statistics
@@ -49,6 +51,7 @@ from experiments.contenders import (
     tied,
 )
 from gqe_jax.commands import parse, run_command
+from gqe_jax.compilation_cache import DEFAULT, keep_programs
 from gqe_jax.config import ConfigError, RunConfig
 from gqe_jax.errors import UserError
 from gqe_jax.report.curves import styled
@@ -81,10 +84,15 @@ class QualityConfig:
     """Tokens of finished runs that branch off one, ascending; none: each run has `steps`, and the
     study `tokens` has 0.5M, 1M, 2M and 4M tokens."""
     workers: int = 1
-    """Runs at a time, each in a process of its own if there are more than one."""
+    """Runs at a time, each in a process of its own if there are more than one. They share a GPU,
+    whose memory they then take as they need it."""
+    corpus: str | None = None
+    """Directory of a corpus that `gqe_jax.data.prepare` wrote; None: the configuration's."""
     cycles: bool = False
     """Compile the forward pass of each model for a v5e, and add the cycles of a token to the table;
     needs `pip install -e '.[tpu]'`, but no TPU."""
+    learning_rate: float | None = None
+    """Peak learning rate of all runs; None: the configuration's."""
     output: pathlib.Path = pathlib.Path("runs/quality")
     """Directory of the runs and results."""
 
@@ -103,8 +111,16 @@ class QualityConfig:
             raise ConfigError(
                 f"tokens is {self.tokens}; in `sizes` they are in proportion to parameters"
             )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if list(self.tokens) != sorted(set(self.tokens)):
             raise ConfigError(f"tokens is {self.tokens}; give numbers in ascending order")
+
+    @property
+    def label(self) -> str:
+        """What tells runs and results of another text or learning rate from the configuration's."""
+        text = "" if self.corpus is None else f"-{pathlib.PurePath(self.corpus).name}"
+        return text if self.learning_rate is None else f"{text}-{self.learning_rate:g}"
 
     @property
     def tokens_at_ends(self) -> tuple[int, ...]:
@@ -149,12 +165,22 @@ def jobs(config: QualityConfig, base: RunConfig) -> Iterator[Job]:
     per_step = base.batch_size * base.sequence_length
     ends = tuple(round(tokens / per_step) for tokens in config.tokens_at_ends)
     models = models_of(config, base)
+    rate = config.learning_rate
     for seed in range(config.seeds):
         for name, run in models.items():
             words = "".join(c if c.isalnum() else "-" for c in name.lower())
-            run_dir = config.output / config.study / f"{config.config}-{words}-{seed}"
-            last = max(ends, default=run.steps)
-            changed = dataclasses.replace(run, run_dir=str(run_dir), seed=seed, eval_every=last)
+            run_dir = config.output / config.study / f"{config.config}-{words}{config.label}-{seed}"
+            optimizer = run.optimizer
+            if rate is not None:
+                optimizer = dataclasses.replace(optimizer, peak_learning_rate=rate)
+            changed = dataclasses.replace(
+                run,
+                run_dir=str(run_dir),
+                seed=seed,
+                eval_every=max(ends, default=run.steps),
+                data=dataclasses.replace(run.data, corpus=config.corpus or run.data.corpus),
+                optimizer=optimizer,
+            )
             yield Job(name, seed, changed, ends)
 
 
@@ -240,7 +266,9 @@ def _results(todo: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[int,
         yield from ((job, _result(job)) for job in todo)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=keep_programs, initargs=(DEFAULT,)
+    ) as pool:
         yield from zip(todo, pool.map(_result, todo), strict=True)
 
 
@@ -325,14 +353,17 @@ def main() -> None:
     """The command line."""
     default = QualityConfig(tyro.MISSING)
     config = parse(default, sys.argv[1:], prog="python -m experiments.quality", description=__doc__)
+    if config.workers > 1:  # JAX would give the first process three quarters of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run_command(lambda: keep_programs(DEFAULT))
     base = CONFIGS[config.config]
     models = run_command(lambda: models_of(config, base))
-    todo = list(jobs(config, base))
+    todo = run_command(lambda: list(jobs(config, base)))
     cycles = run_command(
         lambda: {name: static_cycles(run) for name, run in models.items() if config.cycles}
     )
     scores, errors = run_command(lambda: run_study(todo, config.workers))
-    output = config.output / f"{config.study}.json"
+    output = config.output / f"{config.study}{config.label}.json"
     document = {
         "command": " ".join(sys.argv[1:]),
         "scores": scores,

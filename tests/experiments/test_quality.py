@@ -128,6 +128,21 @@ def test_any_study_but_that_of_sizes_has_runs_by_tokens(base):
     assert {job.ends for job in jobs(QualityConfig("experts"), base)} == {()}
 
 
+def test_a_study_has_its_own_text_and_learning_rate(base):
+    (plain,) = jobs(QualityConfig("cost", models=(contenders.GQE,), seeds=1), base)
+    given = QualityConfig(
+        "cost", models=(contenders.GQE,), seeds=1, corpus="texts", learning_rate=0.002
+    )
+    (changed,) = jobs(given, base)
+    assert changed.run.run_dir != plain.run.run_dir  # runs of another rate are other runs
+    optimizer = dataclasses.replace(plain.run.optimizer, peak_learning_rate=0.002)
+    data = dataclasses.replace(plain.run.data, corpus="texts")
+    there = plain.run.run_dir
+    assert dataclasses.replace(changed.run, run_dir=there) == dataclasses.replace(
+        plain.run, optimizer=optimizer, data=data
+    )
+
+
 @pytest.mark.slow
 def test_runs_branch_off_a_plateau_and_their_learning_rate_decays(base):
     ends = 10, 15
@@ -196,6 +211,7 @@ def test_a_study_that_is_stopped_says_that_it_goes_on(base, monkeypatch, capsys)
         ({"tokens": (1, 2), "steps": 5}, "steps is 5"),
         ({"study": "sizes", "tokens": (1, 2)}, "in proportion"),
         ({"tokens": (2, 1)}, "ascending"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(fields, message):
