@@ -21,7 +21,13 @@ CONFIG = AttentionConfig(
 )
 
 
-@pytest.mark.parametrize("sizes", [(), (256, 128, 128, 128, 256, 128)], ids=["512", "given"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((), id="512", marks=pytest.mark.slow),
+        pytest.param((256, 128, 128, 128, 256, 128), id="given"),
+    ],
+)
 def test_it_equals_the_dense_layer(sizes, monkeypatch):
     make = splash_attention_kernel.make_splash_mha_single_device
     interpreted = functools.partial(make, interpret=True)

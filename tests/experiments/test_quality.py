@@ -184,6 +184,7 @@ def test_tables_have_what_failed_and_differences_of_pairs(base):
     assert rows[3].split(" | ")[3] == "1,000 and 2,346"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(base):
     directory = base.run_dir + "-failing"
     wrong = dataclasses.replace(base, run_dir=directory, batch_size=7, steps=2)

@@ -100,7 +100,9 @@ def check_layer(config, segments):
     assert_close(grads[1], expected_grads[1], 1e-4, "gradient of x")
 
 
-@pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("gqe", marks=pytest.mark.slow), "hard_concat", "weighted_concat"]
+)
 def test_only_the_weighted_paths_let_the_loss_reach_the_router(variant):
     layer, _, x = make_layer(make_config(variant))
     graphdef, params = nnx.split(layer)

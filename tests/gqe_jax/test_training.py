@@ -144,7 +144,8 @@ def test_accumulation_counts_every_token_alike(on_one_device):
     np.testing.assert_allclose(losses(parts, 4), losses(whole, 1), atol=1e-4)
 
 
-@pytest.mark.parametrize("distils", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("distils", [False, True])
 def test_gradients_that_are_summed_once_over_data_are_those_of_one_device(distils):
     """With padding that only one replica has, and router losses that weigh much."""
     one = dataclasses.replace(

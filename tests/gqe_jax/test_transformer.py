@@ -43,7 +43,10 @@ def test_scan_equals_the_blocks_one_by_one():
     assert float(jnp.abs(kernels[0] - kernels[1]).max()) > 0.01  # each layer has its own weights
 
 
-@pytest.mark.parametrize("remat", ["keep_dots", "keep_attention", "offload", "keep_nothing"])
+OTHERS = [pytest.param(r, marks=pytest.mark.slow) for r in ("keep_dots", "keep_attention")]
+
+
+@pytest.mark.parametrize("remat", ["offload", "keep_nothing", *OTHERS])
 def test_remat_changes_memory_and_no_value(remat):
     cotangent = jax.random.normal(jax.random.key(2), (2, 10, 32))
 
