@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shlex
 import shutil
 import statistics
 import sys
@@ -365,7 +366,7 @@ def main() -> None:
     scores, errors = run_command(lambda: run_study(todo, config.workers))
     output = config.output / f"{config.study}{config.label}.json"
     document = {
-        "command": " ".join(sys.argv[1:]),
+        "command": shlex.join(sys.argv[1:]),
         "scores": scores,
         "errors": errors,
         "cycles": cycles,
