@@ -229,6 +229,7 @@ json.dump([[k.name, k.part, k.pass_, k.cycles, k.reason] for k in counted.kernel
 """
 
 
+@pytest.mark.slow
 @pytest.mark.libtpu
 def test_the_kernels_of_a_layer_are_counted():
     command = [sys.executable, "-c", LAYER]

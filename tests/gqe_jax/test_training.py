@@ -180,6 +180,7 @@ def test_gradients_that_are_summed_once_over_data_are_those_of_one_device(distil
     jax.tree.map(compare, of(dataclasses.replace(one, mesh=MeshConfig(data=4)), 4), of(one, 1))
 
 
+@pytest.mark.slow
 def test_a_selection_bias_moves_against_the_load():
     """By its rate a step, whatever the optimizer does to all other parameters."""
     attention = dataclasses.replace(CONFIG.model.attention, selection_bias=True)

@@ -129,7 +129,13 @@ def test_other_names_of_axes_are_refused_until_the_rules_have_them(expected, mon
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("names", [("x", "y"), ("data", "tensor")], ids=["inside", "around"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("x", "y"), id="inside"),
+        pytest.param(("data", "tensor"), id="around", marks=pytest.mark.slow),
+    ],
+)
 def test_on_tpus_they_use_the_kernel(names):
     """Inside a shard_map with its checks on, and on a mesh with explicit axes, in bfloat16."""
     devices = np.array(get_topology("v5e:2x2").devices).reshape(2, 2)

@@ -67,6 +67,7 @@ class TestInterpreted(RoutedAttentionContract):
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.slow
 class TestDenseInterpreted(DenseAttentionContract):
     implementation = functools.partial(pallas_gpu.attention, blocks=SMALL)
     dtype = jnp.bfloat16
