@@ -356,7 +356,8 @@ def main() -> None:
     config = parse(default, sys.argv[1:], prog="python -m experiments.quality", description=__doc__)
     if config.workers > 1:  # JAX would give the first process three quarters of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    run_command(lambda: keep_programs(DEFAULT))
+    else:
+        run_command(lambda: keep_programs(DEFAULT))
     base = CONFIGS[config.config]
     models = run_command(lambda: models_of(config, base))
     todo = run_command(lambda: list(jobs(config, base)))

@@ -197,8 +197,8 @@ def gradients(
         columns += [(_flat(d, 2), _flat(weight, 1)) for d, weight in parts]
     if x.dtype == jnp.float16 and of_router:  # which cannot hold parts of float32
         d_x, found = _unproject(x, columns[:-1], jnp.float32)
-        of_logits, d_router = _unproject(x.astype(jnp.float32), columns[-1:], jnp.float32)
-        d_x, found = (d_x + of_logits).astype(x.dtype), found + d_router
+        more, of_router = _unproject(x.astype(jnp.float32), columns[-1:], jnp.float32)
+        d_x, found = (d_x + more).astype(x.dtype), found + of_router
     else:
         d_x, found = _unproject(x, columns, x.dtype)
 

@@ -239,8 +239,8 @@ def test_the_kernel_norms(case):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_the_plain_function_is_its_own_oracle(dtype):
-    """JAX's gradient of `reference` is `gradients`; also without tokens."""
+def test_the_gradients_are_those_that_jax_derives(dtype):
+    """Of `reference`; also without tokens."""
     x, projection = make(Case(dtype=dtype, k=2, expert=3))
     for tokens in (x, x[:0]):
 
@@ -264,6 +264,9 @@ def test_derivatives_that_are_missing_are_named():
     for function in (values, jax.grad(values)):
         with pytest.raises(NotImplementedError, match=r"implementation=None has.*'reference' has"):
             jax.jit(lambda x, f=function: jax.jvp(f, (x,), (x,)))(x)
+    logits, pullback = jax.vjp(lambda x: project(x, projection).logits, x)
+    with pytest.raises(NotImplementedError, match="derivative of its gradient"):
+        jax.vjp(pullback, logits)
 
 
 @pytest.mark.wrong_types
